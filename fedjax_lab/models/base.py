@@ -1,0 +1,77 @@
+"""Model: three pure functions. Anything with these signatures is a model."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_lab import checks
+
+PyTree = Any
+
+
+class Variables(NamedTuple):
+    """What a model computes with: trained ``params`` and ``model_state`` (batch-norm statistics)."""
+
+    params: PyTree
+    model_state: PyTree = ()
+
+
+class Model(NamedTuple):
+    """A model as pure functions.
+
+    Attributes:
+      init: ``(key) -> (params, model_state)``.
+      loss: ``(params, model_state, batch, mask, key, train) -> (losses: float[batch], model_state)``.
+        ``mask: bool[batch]`` marks real examples, ``train`` is a Python bool, ``key`` feeds dropout.
+        The losses of masked examples are ignored.
+      metrics: ``(params, model_state, batch) -> {name: float[batch]}``, per example.
+      init_from: ``(key, batch) -> (params, model_state)`` for models that take the shape of their
+        input from the data; ``None`` if ``init`` needs no data.
+      num_classes: labels ``batch["y"]`` must be integers below it; ``None`` if it isn't a classifier.
+    """
+
+    init: Callable[[jax.Array], tuple[PyTree, PyTree]]
+    loss: Callable[..., tuple[jax.Array, PyTree]]
+    metrics: Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]]
+    init_from: Callable[[jax.Array, PyTree], tuple[PyTree, PyTree]] | None = None
+    num_classes: int | None = None
+
+
+def initial_variables(model: Model, key: jax.Array, data: Any, params: PyTree = None) -> Variables:
+    """The variables that training starts from, after checking that the data suit the model.
+
+    Args:
+      model: whose own initialisation is the default.
+      key: PRNG key of the initialisation.
+      data: FederatedData, for the input's shape and for checking the labels.
+      params: parameters to start from instead; the model state still comes from the model.
+
+    Raises:
+      ValueError: labels outside the model's classes, or ``params`` of another structure or shape.
+    """
+    if model.num_classes is not None:
+        checks.labels_in_range(data, model.num_classes)
+    if model.init_from is not None:
+        sample = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), data.arrays)
+        own, model_state = model.init_from(key, sample)
+    else:
+        own, model_state = model.init(key)
+    if params is not None:
+        _same_shapes(params, own)
+    start = Variables(own if params is None else params, model_state)
+    # Strongly typed arrays: a weak type would change in the first round and compile it twice.
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), start)
+
+
+def _same_shapes(given: PyTree, own: PyTree) -> None:
+    if jax.tree.structure(given) != jax.tree.structure(own):
+        raise ValueError(
+            f"params has the leaves {[n for n, _ in checks.named_leaves(given)]}, "
+            f"the model {[n for n, _ in checks.named_leaves(own)]}"
+        )
+    for (name, a), (_, b) in zip(checks.named_leaves(given), checks.named_leaves(own), strict=True):
+        if np.shape(a) != np.shape(b):
+            raise ValueError(f"params leaf {name} has shape {np.shape(a)}, the model's has {np.shape(b)}")
