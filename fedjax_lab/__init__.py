@@ -1,7 +1,39 @@
 """fedjax_lab: federated learning and analytics as pure functions in JAX."""
 
+from fedjax_lab import aggregators, datasets, models
 from fedjax_lab.client import ClientData
+from fedjax_lab.cohort import ClientStates, total_bytes
 from fedjax_lab.data import FederatedData, Split
-from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.local import (
+    ClientOptimizer,
+    Work,
+    client_weight,
+    gradient_oracle,
+    local_training,
+    masked_mean,
+    mean_loss,
+    mean_over_client,
+)
+from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
+from fedjax_lab.process import Process
+from fedjax_lab.round import (
+    Aggregator,
+    ClientOutput,
+    Env,
+    Lens,
+    Oracle,
+    Round,
+    Tilt,
+    Trained,
+    Transform,
+    chain_tilts,
+    compose,
+    identity,
+    nbytes,
+    proximal,
+    shift,
+)
+from fedjax_lab.sampling import Sampler, dropout, everyone, fixed, uniform, weighted
+from fedjax_lab.simulation import SimulationState, synchronous
 
-__all__ = ["ClientData", "FederatedData", "Model", "Split", "Variables"]
+__all__ = [name for name in dir() if not name.startswith("_")]

@@ -1,0 +1,86 @@
+"""Aggregators: how a cohort's uploads become one aggregate."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab.round import Aggregator, Env
+
+PyTree = Any
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    """Sums are taken in float32 at least, whatever the clients compute in."""
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def divide(value: PyTree, denominator: jax.Array) -> PyTree:
+    """``value / denominator``, and zeros where the denominator is zero."""
+    safe = jnp.where(denominator == 0, 1, denominator)
+    return jax.tree.map(lambda v: jnp.where(denominator == 0, 0, v / safe), value)
+
+
+def mean() -> Aggregator:
+    """The weighted mean, ``sum_k w_k u_k / sum_k w_k``: FedAvg's (McMahan et al. 2017, algorithm 1)."""
+
+    def lift(upload, weight, message, env):
+        return jax.tree.map(lambda u: _wide(u) * weight, upload), weight
+
+    return Aggregator(lift, lambda sums, env: divide(*sums))
+
+
+def uniform_mean() -> Aggregator:
+    """The mean over survivors, whatever their weights."""
+
+    def lift(upload, weight, message, env):
+        return jax.tree.map(_wide, upload), jnp.float32(1)
+
+    return Aggregator(lift, lambda sums, env: divide(*sums))
+
+
+def total() -> Aggregator:
+    """The sum over survivors, in the upload's own dtype (integers stay exact)."""
+
+    def lift(upload, weight, message, env):
+        return upload, ()
+
+    return Aggregator(lift, lambda sums, env: sums[0])
+
+
+def per_population(aggregator: Aggregator) -> Aggregator:
+    """A mean over survivors times their share of the population: absent clients count as zero uploads.
+
+    What a server needs that keeps a running mean over all clients (SCAFFOLD's control variate).
+    """
+
+    def lift(upload, weight, message, env):
+        return aggregator.lift(upload, weight, message, env), jnp.float32(1)
+
+    def finish(sums, env: Env):
+        # lift's denominators ride inside the value, so that counts of survivors come along.
+        inner, survivors = sums
+        share = survivors / env.population
+        return jax.tree.map(lambda x: x * share, aggregator.finish(inner, env))
+
+    return Aggregator(lift, finish)
+
+
+def pair(first: Aggregator, second: Aggregator) -> Aggregator:
+    """Aggregate a pair of uploads ``(a, b)``, each its own way, into a pair."""
+    if first.reduce or second.reduce:
+        raise ValueError("pair() takes additive aggregators: one that sees all uploads can't be paired")
+
+    def lift(upload, weight, message, env):
+        a = first.lift(upload[0], weight, message, env)
+        b = second.lift(upload[1], weight, message, env)
+        return (a[0], b[0]), (a[1], b[1])
+
+    def finish(sums, env):
+        values, denominators = sums
+        return (
+            first.finish((values[0], denominators[0]), env),
+            second.finish((values[1], denominators[1]), env),
+        )
+
+    return Aggregator(lift, finish)

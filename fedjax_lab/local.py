@@ -1,0 +1,192 @@
+"""Local training: the client's own loop, with any optax optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedjax_lab import checks
+from fedjax_lab.client import ClientData
+from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.round import LocalTraining, Oracle, Tilt, Trained, identity
+
+PyTree = Any
+# An optimizer, or a function of the round number (a learning-rate schedule over rounds).
+ClientOptimizer = optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation]
+# An amount of local work, or a function (client, key) -> amount (stragglers do less).
+Work = int | Callable[[ClientData, jax.Array], jax.Array]
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean of ``values`` where ``mask`` holds, 0 if nowhere; ``[n], [n] -> []``."""
+    return jnp.sum(jnp.where(mask, values, 0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def gradient_oracle(loss: Callable) -> Oracle:
+    """The oracle of a model's mean training loss over a batch."""
+
+    def mean_loss(params, inputs, key):
+        model_state, batch, mask = inputs
+        losses, model_state = loss(params, model_state, batch, mask, key, True)
+        return masked_mean(losses, mask), model_state
+
+    def oracle(params, inputs, key):
+        (value, model_state), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, inputs, key)
+        return grads, (value, model_state)
+
+    return oracle
+
+
+def _in_pieces(oracle: Oracle, client: ClientData) -> Oracle:
+    """The oracle of the client's whole data, read in pieces of ``client.tile`` examples.
+
+    The batch it is given is ignored. Batch-norm statistics are updated once for each piece.
+    """
+
+    def whole(params, inputs, key):
+        def add(carry, batch, mask, positions, key):
+            grads, loss, model_state, t = carry
+            g, (value, model_state) = oracle(params, (model_state, batch, mask), jax.random.fold_in(piece_key, t))
+            share = jnp.sum(mask) / jnp.maximum(client.size, 1)
+            grads = jax.tree.map(lambda a, b: a + share.astype(b.dtype) * b, grads, g)
+            return grads, loss + share * value, model_state, t + 1
+
+        piece_key = key
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        start = (zeros, jnp.float32(0), inputs[0], jnp.int32(0))
+        grads, loss, model_state, _ = client.fold(add, start)
+        return grads, (loss, model_state)
+
+    return whole
+
+
+def local_training(
+    model: Model,
+    optimizer: ClientOptimizer,
+    *,
+    epochs: Work | None = None,
+    steps: Work | None = None,
+    batch_size: int | None = 10,
+    static: bool = False,
+) -> LocalTraining:
+    """The local part of FedAvg and its kin: mini-batch training from given variables.
+
+    Args:
+      model: whose loss is minimised.
+      optimizer: from optax; or a function of the round number that gives one, for schedules over rounds.
+      epochs: passes over the client's examples (1 if ``steps`` isn't given either).
+      steps: a number of steps instead, the same for every client.
+      batch_size: examples a step; ``None``: all of the client's (one step is one epoch).
+      static: a number of steps known when compiled, for reverse-mode differentiation through the run.
+
+    Returns:
+      :class:`fedjax_lab.round.LocalTraining`.
+
+    Raises:
+      ValueError: work or batch size that isn't positive, or both ``epochs`` and ``steps``.
+    """
+    if epochs is not None and steps is not None:
+        raise ValueError("give epochs= or steps=, not both")
+    work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
+    checks.positive(work, unit, integer=True)
+    if batch_size is not None:
+        checks.positive(batch_size, "batch_size", integer=True, unit=" (or None for full batches)")
+    oracle = gradient_oracle(model.loss)
+
+    def local(
+        start: Variables, client: ClientData, key: jax.Array, tilt: Tilt = identity, opt_state: PyTree = None
+    ) -> Trained:
+        rule = optax.with_extra_args_support(optimizer(client.env.round) if callable(optimizer) else optimizer)
+        amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work
+        pieces = batch_size is None and client.max_size > client.tile
+        objective = tilt(_in_pieces(oracle, client) if pieces else oracle)
+
+        def step(carry, batch, mask, positions, step_key):
+            variables, opt_state, loss, seen = carry
+            inputs = (variables.model_state, batch, mask)
+            grads, (value, model_state) = objective(variables.params, inputs, step_key)
+            updates, opt_state = rule.update(grads, opt_state, variables.params, value=value)
+            params = optax.apply_updates(variables.params, updates)
+            count = client.size if pieces else jnp.sum(mask)
+            return Variables(params, model_state), opt_state, loss + value * count, seen + count
+
+        opt_state = rule.init(start.params) if opt_state is None else opt_state
+        carry = (start, opt_state, jnp.float32(0), jnp.int32(0))
+        if batch_size is None:
+            trips = jnp.where(client.size > 0, amount, 0)
+            carry = _full_batch_loop(step, carry, client, trips, amount, key, static, pieces)
+            made = trips
+        else:
+            carry = client.fold(step, carry, batch_size=batch_size, key=key, static=static, **{unit: amount})
+            batches = -(-client.size // batch_size)
+            made = amount * batches if unit == "epochs" else jnp.where(client.size > 0, amount, 0)
+        variables, opt_state, loss, seen = carry
+        return Trained(start, variables, jnp.asarray(made, jnp.int32), loss / jnp.maximum(seen, 1), opt_state)
+
+    return local
+
+
+def _full_batch_loop(step, carry, client, trips, amount, key, static, pieces):
+    """``trips`` steps on all of the client's examples."""
+    positions = jnp.arange(1 if pieces else max(client.max_size, 1))
+    batch, mask = client.take(positions), positions < client.size
+
+    def body(t, carry):
+        return step(carry, batch, mask, positions, jax.random.fold_in(key, t))
+
+    if not static:
+        return jax.lax.fori_loop(0, trips, body, carry)
+
+    def masked(carry, t):
+        return jax.tree.map(lambda a, b: jnp.where(t < trips, a, b), body(t, carry), carry), None
+
+    return jax.lax.scan(masked, carry, jnp.arange(amount))[0]
+
+
+def mean_over_client(function: Callable[[PyTree, jax.Array], dict[str, jax.Array]], client: ClientData) -> dict:
+    """Means over a client's examples of ``function(batch, mask) -> {name: float[batch]}``; 0 if empty."""
+    shapes = jax.eval_shape(lambda: function(*_first(client)))
+    zeros = {name: jnp.zeros((), jnp.float32) for name in shapes}
+
+    def add(sums, batch, mask, positions, key):
+        values = function(batch, mask)
+        return {n: sums[n] + jnp.sum(jnp.where(mask, values[n].astype(jnp.float32), 0)) for n in sums}
+
+    sums = client.fold(add, zeros)
+    return {name: value / jnp.maximum(client.size, 1) for name, value in sums.items()}
+
+
+def _first(client: ClientData):
+    positions = jnp.arange(client.tile)
+    return client.take(positions), positions < client.size
+
+
+def mean_loss(loss: Callable, variables: Variables, client: ClientData, key: jax.Array) -> jax.Array:
+    """A client's mean loss with dropout off, ``float32[]``; 0 for an empty client."""
+
+    def losses(batch, mask):
+        return {"loss": loss(variables.params, variables.model_state, batch, mask, key, False)[0]}
+
+    return mean_over_client(losses, client)["loss"]
+
+
+def client_weight(weighting: Any, client: ClientData) -> jax.Array:
+    """The client's ``p_k``, up to a common factor; 0 for a client without examples.
+
+    Args:
+      weighting: ``"examples"``, ``"uniform"``, or an array ``float[population]`` of the ``p_k``.
+      client: whose weight it is.
+    """
+    if isinstance(weighting, str):
+        if weighting not in ("examples", "uniform"):
+            known = ("examples", "uniform")
+            raise ValueError(
+                f"weighting must be 'examples', 'uniform' or an array{checks.nearest(weighting, known)}; got {weighting!r}"
+            )
+        weight = client.size if weighting == "examples" else 1
+    else:
+        table = jnp.asarray(weighting, jnp.float32)
+        weight = table[jnp.clip(client.id, 0, table.shape[0] - 1)]
+    return jnp.where(client.size > 0, weight, 0).astype(jnp.float32)

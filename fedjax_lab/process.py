@@ -1,0 +1,47 @@
+"""Process: a Round with a population and a schedule, as two pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from fedjax_lab.cohort import ClientStates
+from fedjax_lab.data import FederatedData
+from fedjax_lab.models.base import Variables
+from fedjax_lab.round import Round
+
+PyTree = Any
+
+
+class Process(NamedTuple):
+    """A federated computation that can be stepped.
+
+    Attributes:
+      init: ``(key, params=None) -> state``, one pytree that holds everything.
+      step: ``(state, data) -> (state, metrics)``, one round; jitted, and a pure function that ``lax.scan``
+        and ``vmap`` take as well.
+      data: the population, on the device; an argument of the step rather than a part of it.
+      params: ``(state) -> params`` of the server's model.
+      variables: ``(state) -> Variables``, its params and model state.
+      server: ``(state) -> ServerState``, for evaluation.
+      clients: ``(state) -> ClientStates``, for evaluation.
+      round: what a round computes.
+    """
+
+    init: Callable[..., PyTree]
+    step: Callable[[PyTree, FederatedData], tuple[PyTree, dict[str, jax.Array]]]
+    data: FederatedData
+    params: Callable[[PyTree], PyTree]
+    variables: Callable[[PyTree], Variables]
+    server: Callable[[PyTree], PyTree]
+    clients: Callable[[PyTree], ClientStates]
+    round: Round
+
+
+def typed_key(key: Any) -> jax.Array:
+    """A typed PRNG key from one, from an old-style ``uint32[2]``, or from an integer seed."""
+    if isinstance(key, int):
+        return jax.random.key(key)
+    if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)

@@ -1,0 +1,233 @@
+"""Round: what one round of a federated computation does, as pure functions.
+
+Nothing here knows how many clients run at once, on which device, or when. A Process (``synchronous``,
+``asynchronous``, ...) drives a Round; a transform makes a Round from a Round.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab.client import ClientData
+from fedjax_lab.models.base import Variables
+
+PyTree = Any
+ServerState = PyTree
+ClientState = PyTree
+Message = PyTree
+Upload = PyTree
+Aggregate = PyTree
+
+# (params, (model_state, batch, mask), key) -> (grads, (loss, model_state)); loss is a mean over the mask.
+Oracle = Callable[[PyTree, tuple[PyTree, PyTree, jax.Array], jax.Array], tuple[PyTree, tuple[jax.Array, PyTree]]]
+# A change of the local objective: prox terms, control variates, frozen leaves, MAML's objective.
+Tilt = Callable[[Oracle], Oracle]
+
+
+def identity(x):
+    """The tilt that changes nothing."""
+    return x
+
+
+class Env(NamedTuple):
+    """The public facts of a round, which every client may know.
+
+    Attributes:
+      round: ``int32[]``, from 0.
+      key: a PRNG key shared by server and clients (random-k's indices, sketches' hashes).
+      ids: ``int32[cohort]``, positions in the population; ``population`` in an empty slot.
+      invited: ``bool[cohort]``, slots that hold a client. Invited clients cost downlink.
+      present: ``bool[cohort]``, the invited who can answer.
+      population: number of clients in all.
+    """
+
+    round: Any
+    key: Any
+    ids: Any
+    invited: Any
+    present: Any
+    population: Any
+
+
+class Trained(NamedTuple):
+    """What a local run did. It never travels; transforms such as control variates read it.
+
+    Attributes:
+      start: Variables it began with.
+      variables: Variables it ended with.
+      steps: ``int32[]``, local steps made.
+      loss: ``float32[]``, mean training loss over the examples it saw, while it moved.
+      opt_state: the client optimizer's last state.
+    """
+
+    start: Variables
+    variables: Variables
+    steps: jax.Array
+    loss: jax.Array
+    opt_state: PyTree = ()
+
+
+class ClientOutput(NamedTuple):
+    """What a client's computation gives.
+
+    Attributes:
+      upload: pytree of arrays that travels.
+      weight: ``float32[]``, its weight in a weighted mean; a client of weight 0 counts for nothing.
+      state: the client's next state.
+      sent: ``bool[]``; a client may keep its upload to itself (selective upload).
+      bytes_up: ``uint32[]``, length of the upload on the wire; ``None``: the size of its arrays.
+      metrics: scalars, reported as means over the survivors, by weight.
+      trained: see :class:`Trained`; ``None`` when nothing was trained.
+    """
+
+    upload: Upload
+    weight: Any
+    state: ClientState = ()
+    sent: Any = True
+    bytes_up: Any = None
+    metrics: dict[str, jax.Array] = {}  # noqa: RUF012 - never mutated
+    trained: Trained | None = None
+
+
+class Lens(NamedTuple):
+    """How to read and replace Variables inside a larger state or message.
+
+    Attributes:
+      get: ``(whole) -> Variables``.
+      set: ``(whole, Variables) -> whole``.
+    """
+
+    get: Callable[[PyTree], Variables]
+    set: Callable[[PyTree, Variables], PyTree]
+
+
+def through(outer: Callable[[PyTree], PyTree], put: Callable[[PyTree, PyTree], PyTree], lens: Lens) -> Lens:
+    """The lens into ``outer(whole)``, which ``put(whole, part)`` replaces; for transforms that nest states."""
+    return Lens(
+        get=lambda whole: lens.get(outer(whole)),
+        set=lambda whole, variables: put(whole, lens.set(outer(whole), variables)),
+    )
+
+
+class Aggregator(NamedTuple):
+    """How uploads become one aggregate: a mean of some kind.
+
+    A sum is the mean times the number of survivors, so that gossip and staleness can't change its scale.
+
+    Attributes:
+      lift: ``(upload, weight, Message, Env) -> (value, denominators)``, on the client. Values and
+        denominators are added up over the clients.
+      finish: ``((value, denominators), Env) -> Aggregate``, on the sums.
+      reduce: ``None`` if sums are all it needs (nothing is kept per client then), otherwise
+        ``(uploads, weights, ok, Messages, Env) -> Aggregate`` over stacked ``[cohort, ...]`` arrays
+        (median, Krum, coded computation), in which the entries that are not ``ok`` are zeros.
+    """
+
+    lift: Callable[[Upload, jax.Array, Message, Env], tuple[PyTree, PyTree]]
+    finish: Callable[[tuple[PyTree, PyTree], Env], Aggregate]
+    reduce: Callable[[Upload, jax.Array, jax.Array, Message, Env], Aggregate] | None = None
+
+
+class ClientUpdate(Protocol):
+    def __call__(
+        self, message: Message, state: ClientState, client: ClientData, key: jax.Array, tilt: Tilt = ...
+    ) -> ClientOutput: ...
+
+
+class LocalTraining(Protocol):
+    def __call__(
+        self, start: Variables, client: ClientData, key: jax.Array, tilt: Tilt = ..., opt_state: PyTree = ...
+    ) -> Trained: ...
+
+
+class Round(NamedTuple):
+    """One round of federated learning, analytics or evaluation.
+
+    Attributes:
+      init: ``(key, data, params=None) -> ServerState``; params default to the model's initialisation.
+      client_update: ``(Message, ClientState, ClientData, key, tilt=identity) -> ClientOutput``.
+      aggregate: an :class:`Aggregator`.
+      server_update: ``(ServerState, Aggregate, key) -> (ServerState, metrics)``; skipped when nobody
+        survived.
+      init_client: ``(ServerState, ClientData) -> ClientState``, at a client's first contact; ``()`` when
+        clients keep nothing.
+      broadcast: ``(ServerState, ClientState, client, key) -> Message``; may differ by client. By default
+        the whole server state.
+      personalize: ``(Message, ClientState, ClientData, key) -> Variables``, the model that this client
+        would use.
+      local: :class:`LocalTraining`, for transforms to reuse.
+      loss: the model's per-example loss, for transforms, samplers and evaluation to reuse.
+      metrics: the model's per-example metrics.
+      model: lens ServerState <-> Variables.
+      view: lens Message <-> Variables.
+      traits: what transforms must know to compose or to refuse.
+    """
+
+    init: Callable[..., ServerState]
+    client_update: ClientUpdate
+    aggregate: Aggregator
+    server_update: Callable[[ServerState, Aggregate, jax.Array], tuple[ServerState, dict]]
+    init_client: Callable[[ServerState, ClientData], ClientState] = lambda server, client: ()
+    broadcast: Callable[[ServerState, ClientState, ClientData, jax.Array], Message] = (
+        lambda server, state, client, key: server
+    )
+    personalize: Callable[[Message, ClientState, ClientData, jax.Array], Variables] | None = None
+    local: LocalTraining | None = None
+    loss: Callable | None = None
+    metrics: Callable | None = None
+    model: Lens | None = None
+    view: Lens | None = None
+    traits: frozenset[str] = frozenset()
+
+
+Transform = Callable[[Round], Round]
+
+
+def compose(round: Round, *transforms: Transform) -> Round:
+    """Apply transforms in reading order: ``compose(r, f, g)`` is ``g(f(r))``."""
+    for transform in transforms:
+        round = transform(round)
+    return round
+
+
+def chain_tilts(*tilts: Tilt) -> Tilt:
+    """Apply tilts in reading order: the last is outermost."""
+
+    def tilt(oracle: Oracle) -> Oracle:
+        for each in tilts:
+            oracle = each(oracle)
+        return oracle
+
+    return tilt
+
+
+def shift(correction: Callable[[PyTree], PyTree]) -> Tilt:
+    """The tilt that adds ``correction(params)`` to every gradient (prox terms, control variates)."""
+
+    def tilt(oracle: Oracle) -> Oracle:
+        def tilted(params, inputs, key):
+            grads, aux = oracle(params, inputs, key)
+            return jax.tree.map(lambda g, c: g + c.astype(g.dtype), grads, correction(params)), aux
+
+        return tilted
+
+    return tilt
+
+
+def proximal(mu: Any, center: PyTree) -> Tilt:
+    """The tilt that adds ``mu/2 ||w - center||^2`` to the objective. Exactly nothing for ``mu = 0``."""
+    return shift(lambda params: jax.tree.map(lambda w, c: mu * (w - c), params, center))
+
+
+def nbytes(tree: PyTree) -> int:
+    """Bytes of a pytree's arrays on the wire, each in its true width; PRNG keys by their data."""
+
+    def size(leaf) -> int:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.eval_shape(jax.random.key_data, leaf)
+        bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.dtype.itemsize * 8
+        return -(-leaf.size * bits // 8)
+
+    return sum(size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,182 @@
+"""The synchronous schedule: in every round a cohort trains from the same server state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab import checks
+from fedjax_lab.cohort import Answers, ClientStates, empty_states, make_env, run_cohort, select
+from fedjax_lab.data import FederatedData
+from fedjax_lab.local import mean_loss
+from fedjax_lab.process import Process, typed_key
+from fedjax_lab.round import Round
+from fedjax_lab.sampling import Sampler, everyone
+
+PyTree = Any
+LANES = 10  # clients side by side: small models gain up to about ten (see docs: speed)
+
+
+class SimulationState(NamedTuple):
+    """Everything a synchronous run needs to go on.
+
+    Attributes:
+      server: the Round's ServerState.
+      clients: the population's ClientStates.
+      sampler: the Sampler's state.
+      round: ``int32[]``, rounds done.
+      key: the run's PRNG key; a round's keys are folded from it.
+    """
+
+    server: PyTree
+    clients: ClientStates
+    sampler: PyTree
+    round: jax.Array
+    key: jax.Array
+
+
+def synchronous(
+    round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None
+) -> Process:
+    """Run a Round over a population, a cohort at a time.
+
+    Args:
+      round: what a round computes.
+      data: the population.
+      sampler: who takes part, everyone by default.
+      lanes: how many clients run side by side; by default chosen from the cohort's size. The result
+        does not depend on it beyond the order of float additions.
+
+    Returns:
+      A :class:`Process`. Its step's metrics are ``invited``, ``survivors`` and ``non_finite`` clients,
+      ``uplink_bytes`` and ``downlink_bytes`` (counters, see :func:`fedjax_lab.cohort.total_bytes`), the
+      server's metrics, and the means of the clients' (NaN in a round that nobody survived).
+
+    Raises:
+      ValueError: a cohort larger than the population, labels that the model can't have, a Round whose
+        state changes shape or type; all before anything is compiled.
+    """
+    sampler = everyone() if sampler is None else sampler
+    sampler.init(data)
+    jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
+    data = data.on_device()
+    if lanes is not None:
+        checks.positive(lanes, "lanes", integer=True)
+
+    @jax.jit
+    def start(key, data, params):
+        server_key, run_key = jax.random.split(key)
+        server = strong(round.init(server_key, data, params))
+        return SimulationState(server, empty_states(round, server, data), strong(sampler.init(data)), jnp.int32(0), run_key)
+
+    @jax.jit
+    def step(state: SimulationState, data: FederatedData):
+        key = jax.random.fold_in(state.key, state.round)
+        public, sampling, clients, serving = (jax.random.fold_in(key, i) for i in range(4))
+        probe = _probe(round, state.server, data, clients)
+        ids, present, sampler_state = sampler.sample(state.sampler, sampling, data, probe)
+        env = make_env(state.round, public, ids, present, data.num_clients)
+        width = min(lanes or balanced_lanes(len(ids)), len(ids))
+        answers = run_cohort(round, state.server, state.clients, data, env, clients, width)
+        server, server_metrics = serve(round, state.server, answers, env, serving)
+        sampler_state = sampler.update(sampler_state, answers.ids, answers.ok, answers.metrics)
+        new = SimulationState(server, answers.clients, sampler_state, state.round + 1, state.key)
+        return same_types(new, state), cohort_metrics(answers) | server_metrics | probe.cost()
+
+    def init(key, params=None):
+        return start(typed_key(key), data, params)
+
+    state = jax.eval_shape(start, jax.random.key(0), data, None)
+    _check_stable(jax.eval_shape(step, state, data)[0], state)
+    lens = round.model
+    variables = lambda state: lens.get(state.server) if lens else None
+    return Process(
+        init, step, data,
+        params=lambda state: variables(state).params if lens else state.server,
+        variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
+    )  # fmt: skip
+
+
+def balanced_lanes(cohort: int, limit: int = LANES) -> int:
+    """The number of lanes up to ``limit`` that leaves the fewest empty slots in the last chunk."""
+    chunks = -(-cohort // limit)
+    return -(-cohort // chunks)
+
+
+def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:
+    """Aggregate and update the server; nothing at all changes in a round that nobody survived."""
+    if round.aggregate.reduce is None:
+        aggregate = round.aggregate.finish(answers.sums, env)
+    else:
+        aggregate = round.aggregate.reduce(*answers.sums, env)
+    updated, metrics = round.server_update(server, aggregate, key)
+    return select_server(answers.counts["survivors"] > 0, updated, server), metrics
+
+
+def select_server(survived: jax.Array, updated: PyTree, server: PyTree) -> PyTree:
+    return select(survived, updated, server)
+
+
+def cohort_metrics(answers: Answers) -> dict[str, jax.Array]:
+    """A round's counts and bytes, and the means of the clients' metrics over survivors, by weight."""
+    total = jnp.sum(answers.weights)
+    means = {
+        name: jnp.sum(jnp.where(answers.ok, answers.weights * values, 0)) / total
+        for name, values in answers.metrics.items()
+    }
+    bytes_ = {"uplink_bytes": answers.uplink_bytes, "downlink_bytes": answers.downlink_bytes}
+    return {**answers.counts, **bytes_, **means}
+
+
+def _probe(round: Round, server: PyTree, data: FederatedData, key: jax.Array):
+    """``probe(ids)``: candidates' losses under the model they would be sent, and what asking them cost."""
+    from fedjax_lab.cohort import count_bytes
+    from fedjax_lab.round import nbytes
+
+    asked: list[int] = []
+
+    def probe(ids):
+        if round.loss is None or round.model is None:
+            raise ValueError("this sampler probes the clients' losses, but the Round has no loss")
+        variables = round.model.get(server)
+        asked.append(ids.shape[0])
+        one = lambda i: mean_loss(round.loss, variables, data.view(i), jax.random.fold_in(key, i))
+        return jax.lax.map(one, ids, batch_size=balanced_lanes(ids.shape[0]))
+
+    def cost():
+        if not asked:
+            return {}
+        each = jnp.ones(sum(asked), bool)
+        size = nbytes(round.model.get(server))
+        return {
+            "probe_downlink_bytes": count_bytes(jnp.full(len(each), size, jnp.uint32), each),
+            "probe_uplink_bytes": count_bytes(jnp.full(len(each), 4, jnp.uint32), each),
+        }
+
+    probe.cost = cost
+    return probe
+
+
+def strong(tree: PyTree) -> PyTree:
+    """The same arrays without weak types, which a step would lose and be compiled twice for."""
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
+
+
+def same_types(new: PyTree, old: PyTree) -> PyTree:
+    """``new`` without weak types where ``old`` has none; shapes and dtypes are checked when built."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        return new
+    return jax.tree.map(lambda n, o: jax.lax.convert_element_type(n, jnp.asarray(n).dtype), new, old)
+
+
+def _check_stable(new: PyTree, old: PyTree) -> None:
+    """Refuse a Round whose state would change type or shape from one round to the next."""
+    if jax.tree.structure(new) != jax.tree.structure(old):
+        raise ValueError(
+            f"a round changes the structure of its state: {jax.tree.structure(old)} became {jax.tree.structure(new)}"
+        )
+    for (name, a), (_, b) in zip(checks.named_leaves(new), checks.named_leaves(old), strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise ValueError(
+                f"a round changes its state's leaf {name} from {b.dtype}{list(b.shape)} to {a.dtype}{list(a.shape)}"
+            )
