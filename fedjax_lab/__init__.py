@@ -4,6 +4,14 @@ from fedjax_lab import aggregators, datasets, models
 from fedjax_lab.client import ClientData
 from fedjax_lab.cohort import ClientStates, total_bytes
 from fedjax_lab.data import FederatedData, Split
+from fedjax_lab.evaluation import (
+    client_metrics,
+    combined,
+    evaluation_round,
+    global_metrics,
+    per_client,
+    per_client_accuracy,
+)
 from fedjax_lab.local import (
     ClientOptimizer,
     Work,
@@ -15,6 +23,7 @@ from fedjax_lab.local import (
     mean_over_client,
 )
 from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
+from fedjax_lab.oracle import oracle_run
 from fedjax_lab.process import Process
 from fedjax_lab.round import (
     Aggregator,

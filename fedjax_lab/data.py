@@ -136,9 +136,7 @@ class FederatedData:
         return cls._build(arrays, sizes, [_plain(i) for i in ids], attrs, validate)
 
     @classmethod
-    def from_assignment(
-        cls, arrays: PyTree, assignment: np.ndarray, num_clients: int | None = None
-    ) -> "FederatedData":
+    def from_assignment(cls, arrays: PyTree, assignment: np.ndarray, num_clients: int | None = None) -> "FederatedData":
         """From flat arrays and a client number for each row, as the partitioners give it.
 
         Args:
@@ -207,7 +205,18 @@ class FederatedData:
         arrays = jax.tree.map(lambda a: a[start : start + size], self.arrays)
         attrs = {name: value[k] for name, value in self.attrs.items()}
         zero, count = jnp.int32(0), jnp.int32(size)
-        return ClientData(arrays, zero, count, zero, count, jnp.int32(k), attrs, (), max_size=size, tile=max(size, 1))
+        return ClientData(
+            arrays,
+            zero,
+            count,
+            zero,
+            count,
+            jnp.int32(k),
+            attrs,
+            (),
+            max_size=size,
+            tile=max(size, 1),
+        )
 
     def view(self, index: jax.Array, env: Any = (), present: jax.Array | bool = True) -> ClientData:
         """The data of the client at a (traced) position; empty if not ``present`` or out of range."""
@@ -227,8 +236,7 @@ class FederatedData:
 
     def __repr__(self) -> str:
         fields = ", ".join(
-            f"{name}: {np.dtype(leaf.dtype)}{list(leaf.shape[1:])}"
-            for name, leaf in checks.named_leaves(self.arrays)
+            f"{name}: {np.dtype(leaf.dtype)}{list(leaf.shape[1:])}" for name, leaf in checks.named_leaves(self.arrays)
         )
         return f"FederatedData({self.num_clients} clients, {self.num_examples} examples, {fields})"
 
@@ -357,6 +365,8 @@ class Description(dict):
             if name == "fields":
                 lines += [f"{'field ' + n:<20} {d}{list(s)}" for n, (s, d) in value.items()]
             elif value not in ([], None):
-                text = f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+                text = (
+                    f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+                )
                 lines.append(f"{name.replace('_', ' '):<20} {text}")
         return "\n".join(lines)

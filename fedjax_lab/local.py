@@ -96,7 +96,11 @@ def local_training(
     oracle = gradient_oracle(model.loss)
 
     def local(
-        start: Variables, client: ClientData, key: jax.Array, tilt: Tilt = identity, opt_state: PyTree = None
+        start: Variables,
+        client: ClientData,
+        key: jax.Array,
+        tilt: Tilt = identity,
+        opt_state: PyTree = None,
     ) -> Trained:
         rule = optax.with_extra_args_support(optimizer(client.env.round) if callable(optimizer) else optimizer)
         amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work

@@ -132,13 +132,23 @@ class Aggregator(NamedTuple):
 
 class ClientUpdate(Protocol):
     def __call__(
-        self, message: Message, state: ClientState, client: ClientData, key: jax.Array, tilt: Tilt = ...
+        self,
+        message: Message,
+        state: ClientState,
+        client: ClientData,
+        key: jax.Array,
+        tilt: Tilt = ...,
     ) -> ClientOutput: ...
 
 
 class LocalTraining(Protocol):
     def __call__(
-        self, start: Variables, client: ClientData, key: jax.Array, tilt: Tilt = ..., opt_state: PyTree = ...
+        self,
+        start: Variables,
+        client: ClientData,
+        key: jax.Array,
+        tilt: Tilt = ...,
+        opt_state: PyTree = ...,
     ) -> Trained: ...
 
 
@@ -230,4 +240,6 @@ def nbytes(tree: PyTree) -> int:
         bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.dtype.itemsize * 8
         return -(-leaf.size * bits // 8)
 
-    return sum(size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf) for leaf in jax.tree.leaves(tree))
+    return sum(
+        size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf) for leaf in jax.tree.leaves(tree)
+    )

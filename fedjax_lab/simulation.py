@@ -6,15 +6,23 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab import checks
-from fedjax_lab.cohort import Answers, ClientStates, empty_states, make_env, run_cohort, select
+from fedjax_lab.cohort import (
+    Answers,
+    ClientStates,
+    balanced_lanes,
+    count_bytes,
+    empty_states,
+    make_env,
+    run_cohort,
+    select,
+)
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
 from fedjax_lab.process import Process, typed_key
-from fedjax_lab.round import Round
+from fedjax_lab.round import Round, nbytes
 from fedjax_lab.sampling import Sampler, everyone
 
 PyTree = Any
-LANES = 10  # clients side by side: small models gain up to about ten (see docs: speed)
 
 
 class SimulationState(NamedTuple):
@@ -35,9 +43,7 @@ class SimulationState(NamedTuple):
     key: jax.Array
 
 
-def synchronous(
-    round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None
-) -> Process:
+def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None) -> Process:
     """Run a Round over a population, a cohort at a time.
 
     Args:
@@ -67,7 +73,13 @@ def synchronous(
     def start(key, data, params):
         server_key, run_key = jax.random.split(key)
         server = strong(round.init(server_key, data, params))
-        return SimulationState(server, empty_states(round, server, data), strong(sampler.init(data)), jnp.int32(0), run_key)
+        return SimulationState(
+            server,
+            empty_states(round, server, data),
+            strong(sampler.init(data)),
+            jnp.int32(0),
+            run_key,
+        )
 
     @jax.jit
     def step(state: SimulationState, data: FederatedData):
@@ -97,12 +109,6 @@ def synchronous(
     )  # fmt: skip
 
 
-def balanced_lanes(cohort: int, limit: int = LANES) -> int:
-    """The number of lanes up to ``limit`` that leaves the fewest empty slots in the last chunk."""
-    chunks = -(-cohort // limit)
-    return -(-cohort // chunks)
-
-
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:
     """Aggregate and update the server; nothing at all changes in a round that nobody survived."""
     if round.aggregate.reduce is None:
@@ -110,11 +116,7 @@ def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyT
     else:
         aggregate = round.aggregate.reduce(*answers.sums, env)
     updated, metrics = round.server_update(server, aggregate, key)
-    return select_server(answers.counts["survivors"] > 0, updated, server), metrics
-
-
-def select_server(survived: jax.Array, updated: PyTree, server: PyTree) -> PyTree:
-    return select(survived, updated, server)
+    return select(answers.counts["survivors"] > 0, updated, server), metrics
 
 
 def cohort_metrics(answers: Answers) -> dict[str, jax.Array]:
@@ -130,9 +132,6 @@ def cohort_metrics(answers: Answers) -> dict[str, jax.Array]:
 
 def _probe(round: Round, server: PyTree, data: FederatedData, key: jax.Array):
     """``probe(ids)``: candidates' losses under the model they would be sent, and what asking them cost."""
-    from fedjax_lab.cohort import count_bytes
-    from fedjax_lab.round import nbytes
-
     asked: list[int] = []
 
     def probe(ids):

@@ -74,4 +74,23 @@ def _same_shapes(given: PyTree, own: PyTree) -> None:
         )
     for (name, a), (_, b) in zip(checks.named_leaves(given), checks.named_leaves(own), strict=True):
         if np.shape(a) != np.shape(b):
-            raise ValueError(f"params leaf {name} has shape {np.shape(a)}, the model's has {np.shape(b)}")
+            raise ValueError(
+                f"params leaf {name} has shape {np.shape(a)}, the model's has {np.shape(b)}"
+            )
+
+
+def difference(new: PyTree, old: PyTree) -> PyTree:
+    """``new - old``, leaf by leaf; what a client uploads. Integer leaves (counters) become float32."""
+    wide = lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    return jax.tree.map(lambda a, b: wide(a) - wide(b), new, old)
+
+
+def add(tree: PyTree, update: PyTree) -> PyTree:
+    """``tree + update`` in ``tree``'s dtypes; integer leaves are rounded."""
+
+    def one(a, b):
+        total = a + b
+        exact = jnp.issubdtype(a.dtype, jnp.inexact)
+        return (total if exact else jnp.round(total)).astype(a.dtype)
+
+    return jax.tree.map(one, tree, update)

@@ -1,0 +1,220 @@
+"""Evaluation as a Round: clients compute metrics on their own examples, only the metrics travel.
+
+Every function here gives an ``evaluate(process, state) -> {name: float}``, which ``run`` takes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_lab import aggregators
+from fedjax_lab.cohort import ClientStates, balanced_lanes, make_env, run_cohort
+from fedjax_lab.data import FederatedData
+from fedjax_lab.local import mean_over_client
+from fedjax_lab.process import Process
+from fedjax_lab.round import ClientOutput, Round, identity
+
+PyTree = Any
+Evaluate = Callable[[Process, Any], dict[str, float]]
+WORSE_WHEN_HIGHER = ("loss", "error", "perplexity")
+
+
+class ClientMetrics(NamedTuple):
+    """Metrics of single clients.
+
+    Attributes:
+      values: ``{name: float32[clients]}``, means over each client's examples.
+      examples: ``int[clients]``, how many those were; 0 where a client has none (its values are 0) or
+        where its values are not finite.
+    """
+
+    values: dict[str, np.ndarray]
+    examples: np.ndarray
+
+
+def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: bool) -> Round:
+    """The Round whose upload is a client's mean metrics, weighted by its examples.
+
+    Args:
+      round: whose model is evaluated, and whose broadcast brings it to the client.
+      own: ``(position, env) -> ClientData`` of the client's training data, which personalisation uses.
+      personal: evaluate the model that the client would use, rather than the one it was sent.
+    """
+    if round.metrics is None or round.view is None:
+        raise ValueError("this Round has no model metrics to evaluate (Round.metrics and Round.view)")
+
+    def client_update(message, state, client, key, tilt=identity):
+        if personal:
+            variables = round.personalize(message, state, own(client.id, client.env), key)
+        else:
+            variables = round.view.get(message)
+        values = mean_over_client(lambda batch, mask: round.metrics(*variables, batch), client)
+        return ClientOutput(values, client.size, state, metrics=values)
+
+    return round._replace(
+        init_client=lambda server, client: round.init_client(server, own(client.id, client.env)),
+        broadcast=lambda server, state, client, key: round.broadcast(server, state, own(client.id, client.env), key),
+        client_update=client_update,
+        aggregate=aggregators.mean(),
+        server_update=lambda server, metrics, key: (server, metrics),
+    )
+
+
+def client_metrics(
+    test: FederatedData, support: FederatedData | None = None, *, personal: bool = False
+) -> Callable[[Process, Any], ClientMetrics]:
+    """Every client's own metrics, ``(process, state) -> ClientMetrics`` in the order of ``test.ids``.
+
+    Args:
+      test: the examples to evaluate on. Its clients are found among the process's by their ids, for
+        their states and training data; those that aren't there are unseen and have neither.
+      support: what the clients personalise on instead of their training data, over the same ids as
+        ``test``; the only way for unseen ones.
+      personal: evaluate each client's personalised model (``Round.personalize``).
+    """
+    if support is not None and list(support.ids) != list(test.ids):
+        raise ValueError("support must hold the same clients as test, in the same order")
+    here, adapt = test.on_device(), None if support is None else support.on_device()
+    compiled: dict[int, Any] = {}  # by identity of what the closure depends on
+
+    def compute(process: Process, state) -> ClientMetrics:
+        if (made := compiled.get(id(process.round))) is None:
+            home = _positions(test, process.data)
+            made = compiled[id(process.round)] = (
+                process.round,
+                home,
+                _compile(process.round, personal),
+            )
+        _, home, function = made
+        sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home)
+        return ClientMetrics({n: np.asarray(v) for n, v in values.items()}, np.asarray(sizes))
+
+    return compute
+
+
+def _positions(test: FederatedData, train: FederatedData) -> jax.Array:
+    """Where each test client stands in the training population; -1 if it was never part of it."""
+    if test.id_table is train.id_table:
+        return jnp.arange(test.num_clients)
+    known = {i: k for k, i in enumerate(train.ids)}
+    return jnp.asarray([known.get(i, -1) for i in test.ids], jnp.int32)
+
+
+def _compile(round: Round, personal: bool):
+    @jax.jit
+    def function(server, clients: ClientStates, train, test, support, home):
+        def own(position, env):
+            seat = home[jnp.clip(position, 0, test.num_clients - 1)]
+            if support is None:
+                return train.view(seat, env)
+            own_id = jnp.where(seat >= 0, seat, train.num_clients)
+            return dataclasses.replace(support.view(position, env), id=own_id)
+
+        states = clients
+        if not isinstance(clients.known, tuple):
+            seat = jnp.maximum(home, 0)
+            rows = jax.tree.map(lambda t: t[seat], clients.table)
+            states = ClientStates(rows, clients.known[seat] & (home >= 0))
+        key = jax.random.key(0)
+        everybody = jnp.arange(test.num_clients)
+        env = make_env(jnp.int32(0), key, everybody, jnp.ones(test.num_clients, bool), test.num_clients)
+        answers = run_cohort(
+            evaluation_round(round, own, personal),
+            server,
+            states,
+            test,
+            env,
+            key,
+            balanced_lanes(test.num_clients),
+        )
+        put = lambda x: jnp.zeros_like(x).at[answers.ids].set(jnp.where(answers.ok, x, 0))
+        return put(answers.weights), {n: put(v) for n, v in answers.metrics.items()}
+
+    return function
+
+
+def global_metrics(test: FederatedData) -> Evaluate:
+    """The global model's metrics over all of ``test``'s examples, ``{"accuracy": ..., "loss": ...}``."""
+    compute = client_metrics(test)
+
+    def evaluate(process, state):
+        return pooled(compute(process, state))
+
+    return evaluate
+
+
+def per_client(
+    test: FederatedData,
+    support: FederatedData | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    prefix: str = "",
+) -> Evaluate:
+    """Metrics over all examples, and how they differ between clients.
+
+    For each metric ``m``: ``m`` over all examples; over clients (those with examples) ``m_mean``,
+    ``m_variance``, ``m_p10``, ``m_p50``, ``m_p90`` and ``m_worst10``, the mean of the worst tenth. When the
+    Round personalises (trait ``"personal"``), the same of each client's own model as ``personal_m...``.
+
+    Args:
+      test: examples to evaluate on.
+      support: see :func:`client_metrics`; evaluates clients that never took part.
+      names: only these metrics.
+      prefix: put before every name, for instance ``"unseen_"``.
+    """
+    plain, own = client_metrics(test, support), client_metrics(test, support, personal=True)
+
+    def evaluate(process, state):
+        out = summarise(plain(process, state), names, prefix)
+        if "personal" in process.round.traits:
+            out |= summarise(own(process, state), names, f"{prefix}personal_")
+        return out
+
+    return evaluate
+
+
+def per_client_accuracy(test: FederatedData, support: FederatedData | None = None) -> Evaluate:
+    """:func:`per_client` of the accuracy alone."""
+    return per_client(test, support, names=("accuracy",))
+
+
+def combined(*evaluations: Evaluate) -> Evaluate:
+    """Several evaluations in one; later ones win where names repeat."""
+
+    def evaluate(process, state):
+        return {name: value for each in evaluations for name, value in each(process, state).items()}
+
+    return evaluate
+
+
+def pooled(metrics: ClientMetrics) -> dict[str, float]:
+    """Means over all examples."""
+    total = max(float(metrics.examples.sum()), 1.0)
+    return {n: float((v.astype(np.float64) * metrics.examples).sum() / total) for n, v in metrics.values.items()}
+
+
+def summarise(metrics: ClientMetrics, names: Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
+    """The summary that :func:`per_client` describes."""
+    unknown = set(names or ()) - set(metrics.values)
+    if unknown:
+        raise ValueError(f"the model has no metric {sorted(unknown)}; it has {sorted(metrics.values)}")
+    overall, out = pooled(metrics), {}
+    for name in names or metrics.values:
+        values = np.sort(metrics.values[name][metrics.examples > 0].astype(np.float64))
+        if any(word in name for word in WORSE_WHEN_HIGHER):
+            worst = values[::-1]
+        else:
+            worst = values
+        tenth = max(1, -(-len(values) // 10))
+        out |= {
+            f"{prefix}{name}": overall[name],
+            f"{prefix}{name}_mean": float(values.mean()),
+            f"{prefix}{name}_variance": float(values.var()),
+            **{f"{prefix}{name}_p{p}": float(np.percentile(values, p)) for p in (10, 50, 90)},
+            f"{prefix}{name}_worst10": float(worst[:tenth].mean()),
+        }
+    return out
