@@ -1,6 +1,7 @@
 """Refusals of bad input: each says what is wrong, where, and what to do, before anything expensive."""
 
 import difflib
+import importlib
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the known name most like ``name``, or nothing."""
     close = difflib.get_close_matches(name, list(known)[:100_000], n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def optional(module: str, purpose: str, extra: str = "data") -> Any:
+    """Import a package that only some users need; its absence names the extra to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.split(".")[0]
+        raise ImportError(
+            f"{purpose} needs {name} ({error}): pip install 'fedjax-lab[{extra}]'"
+        ) from error
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
