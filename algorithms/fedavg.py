@@ -43,14 +43,20 @@ def fedavg(
       keep_optimizer_state: each client keeps its optimizer's state between its rounds, rather than
         starting afresh.
     """
-    local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size)
+    local = fl.local_training(
+        model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size
+    )
 
     def init(key, data, params=None):
         variables = fl.initial_variables(model, key, data, params)
         return FedAvgState(variables, server_optimizer.init(variables.params))
 
     def init_client(server, client):
-        return _fresh_optimizer(client_optimizer, server.variables.params) if keep_optimizer_state else ()
+        return (
+            _fresh_optimizer(client_optimizer, server.variables.params)
+            if keep_optimizer_state
+            else ()
+        )
 
     def broadcast(server, state, client, key):
         return server.variables
@@ -70,7 +76,9 @@ def fedavg(
         params = server.variables.params
         updates, opt_state = server_optimizer.update(pseudo_gradient, server.opt_state, params)
         model_state = fl.add(server.variables.model_state, update.model_state)
-        return FedAvgState(fl.Variables(optax.apply_updates(params, updates), model_state), opt_state), {}
+        return FedAvgState(
+            fl.Variables(optax.apply_updates(params, updates), model_state), opt_state
+        ), {}
 
     return fl.Round(
         init=init,

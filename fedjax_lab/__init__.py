@@ -1,6 +1,6 @@
 """fedjax_lab: federated learning and analytics as pure functions in JAX."""
 
-from fedjax_lab import aggregators, datasets, models
+from fedjax_lab import aggregators, checks, datasets, models, transforms
 from fedjax_lab.client import ClientData
 from fedjax_lab.cohort import ClientStates, total_bytes
 from fedjax_lab.data import FederatedData, Split
@@ -21,6 +21,7 @@ from fedjax_lab.local import (
     masked_mean,
     mean_loss,
     mean_over_client,
+    partial_work,
 )
 from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
 from fedjax_lab.oracle import oracle_run
@@ -42,7 +43,15 @@ from fedjax_lab.round import (
     proximal,
     shift,
 )
-from fedjax_lab.sampling import Sampler, dropout, everyone, fixed, uniform, weighted
+from fedjax_lab.sampling import (
+    Sampler,
+    drop_stragglers,
+    dropout,
+    everyone,
+    fixed,
+    uniform,
+    weighted,
+)
 from fedjax_lab.simulation import SimulationState, synchronous
 
 __all__ = [name for name in dir() if not name.startswith("_")]

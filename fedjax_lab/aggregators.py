@@ -39,37 +39,25 @@ def uniform_mean() -> Aggregator:
     return Aggregator(lift, lambda sums, env: divide(*sums))
 
 
-def total() -> Aggregator:
-    """The sum over survivors, in the upload's own dtype (integers stay exact)."""
-
-    def lift(upload, weight, message, env):
-        return upload, ()
-
-    return Aggregator(lift, lambda sums, env: sums[0])
-
-
 def per_population(aggregator: Aggregator) -> Aggregator:
     """A mean over survivors times their share of the population: absent clients count as zero uploads.
 
     What a server needs that keeps a running mean over all clients (SCAFFOLD's control variate).
     """
 
-    def lift(upload, weight, message, env):
-        return aggregator.lift(upload, weight, message, env), jnp.float32(1)
-
     def finish(sums, env: Env):
-        # lift's denominators ride inside the value, so that counts of survivors come along.
-        inner, survivors = sums
-        share = survivors / env.population
-        return jax.tree.map(lambda x: x * share, aggregator.finish(inner, env))
+        share = env.survivors / env.population
+        return jax.tree.map(lambda x: x * share, aggregator.finish(sums, env))
 
-    return Aggregator(lift, finish)
+    return aggregator._replace(finish=finish)
 
 
 def pair(first: Aggregator, second: Aggregator) -> Aggregator:
     """Aggregate a pair of uploads ``(a, b)``, each its own way, into a pair."""
     if first.reduce or second.reduce:
-        raise ValueError("pair() takes additive aggregators: one that sees all uploads can't be paired")
+        raise ValueError(
+            "pair() takes additive aggregators: one that sees all uploads can't be paired"
+        )
 
     def lift(upload, weight, message, env):
         a = first.lift(upload[0], weight, message, env)

@@ -29,6 +29,23 @@ class ClientStates(NamedTuple):
     known: Any
 
 
+class Turn(NamedTuple):
+    """One client's turn, besides what is summed: see :class:`Answers` for the same over a cohort.
+
+    ``alive``: present, and all it computed is finite; its ``state`` is kept. ``counted``: alive, sent, and
+    of positive weight. ``kept``: what an aggregator with ``reduce`` gets to see.
+    """
+
+    state: PyTree
+    alive: jax.Array
+    counted: jax.Array
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+    bytes_up: jax.Array
+    bytes_down: jax.Array
+    kept: PyTree
+
+
 class Answers(NamedTuple):
     """What came back from a cohort.
 
@@ -71,7 +88,9 @@ def healthy(tree: PyTree) -> jax.Array:
 
 def select(condition: jax.Array, chosen: PyTree, other: PyTree) -> PyTree:
     """``chosen`` where the scalar ``condition`` holds, else ``other``, leaf by leaf in ``other``'s dtypes."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, jnp.asarray(a, b.dtype), b), chosen, other)
+    return jax.tree.map(
+        lambda a, b: jnp.where(condition, jnp.asarray(a, b.dtype), b), chosen, other
+    )
 
 
 def count_bytes(per_client: jax.Array, counted: jax.Array) -> jax.Array:
@@ -109,7 +128,8 @@ def make_env(round_number, key, ids, present, population: int) -> Env:
     """The public facts of a round, with duplicate and out-of-range ids made empty slots."""
     invited = (ids >= 0) & (ids < population) & _first_of_each(ids)
     ids = jnp.where(invited, ids, population).astype(jnp.int32)
-    return Env(round_number, key, ids, invited, present & invited, jnp.int32(population))
+    present = present & invited
+    return Env(round_number, key, ids, invited, present, jnp.int32(population), jnp.sum(present))
 
 
 def balanced_lanes(cohort: int, limit: int = LANES) -> int:
@@ -131,51 +151,61 @@ def run_cohort(
     cohort = env.ids.shape[0]
     chunks = -(-cohort // lanes)
     pad = chunks * lanes - cohort
-    work = jnp.where(env.present, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
+    work = jnp.where(
+        env.present, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1
+    )
     order = jnp.argsort(-work, stable=True) if chunks > 1 else jnp.arange(cohort)
     ids = jnp.concatenate([env.ids[order], jnp.full(pad, data.num_clients, jnp.int32)])
     present = jnp.concatenate([env.present[order], jnp.zeros(pad, bool)])
     states, known = _gather(clients, ids)
 
     def one(client_id, present, state, known):
-        return _one_client(round, server, data, env, key, client_id, present, state, known)
+        return client_turn(round, server, data, env, key, client_id, present, state, known)
 
     slots = (ids, present, states, known)
     if chunks == 1:
-        sums, slot_outputs = _summed(round, jax.vmap(one)(*slots))
+        sums, turns = _summed(round, jax.vmap(one)(*slots))
     else:
         slots = jax.tree.map(lambda x: x.reshape(chunks, lanes, *x.shape[1:]), slots)
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(lambda s: _summed(round, jax.vmap(one)(*s))[0], jax.tree.map(lambda x: x[0], slots)),
+            jax.eval_shape(
+                lambda s: _summed(round, jax.vmap(one)(*s))[0], jax.tree.map(lambda x: x[0], slots)
+            ),
         )
 
         def chunk(sums, slots):
             new, outputs = _summed(round, jax.vmap(one)(*slots))
             return jax.tree.map(jnp.add, sums, new), outputs
 
-        sums, slot_outputs = jax.lax.scan(chunk, zeros, slots)
-        slot_outputs = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), slot_outputs)
+        sums, turns = jax.lax.scan(chunk, zeros, slots)
+        turns = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), turns)
 
-    slot_outputs = jax.tree.map(lambda x: x[:cohort], slot_outputs)
+    turns = jax.tree.map(lambda x: x[:cohort], turns)
     ids, present = ids[:cohort], present[:cohort]
-    state, alive, counted, weights, metrics, bytes_up, bytes_down, kept = slot_outputs
     if round.aggregate.reduce is not None:
         slot_of = jnp.zeros(cohort, jnp.int32).at[order].set(jnp.arange(cohort))
-        sums = jax.tree.map(lambda x: x[slot_of], kept)
+        sums = jax.tree.map(lambda x: x[slot_of], turns.kept)
     invited = ids < data.num_clients
     counts = {
         "invited": jnp.sum(invited),
-        "survivors": jnp.sum(counted),
-        "non_finite": jnp.sum(present & ~alive),
+        "survivors": jnp.sum(turns.counted),
+        "non_finite": jnp.sum(present & ~turns.alive),
     }
     return Answers(
-        sums, _scatter(clients, ids, alive, state), ids, counted, metrics, weights, counts,
-        count_bytes(bytes_up, bytes_up > 0), count_bytes(bytes_down, invited),
-    )  # fmt: skip
+        sums=sums,
+        clients=_scatter(clients, ids, turns.alive, turns.state),
+        ids=ids,
+        ok=turns.counted,
+        metrics=turns.metrics,
+        weights=turns.weight,
+        counts=counts,
+        uplink_bytes=count_bytes(turns.bytes_up, turns.bytes_up > 0),
+        downlink_bytes=count_bytes(turns.bytes_down, invited),
+    )
 
 
-def _one_client(round: Round, server, data, env, key, client_id, present, state, known):
+def client_turn(round: Round, server, data, env, key, client_id, present, state, known):
     """One client's turn, from broadcast to what may be summed; ordinary code, vmapped by the caller."""
     client = data.view(client_id, env, present)
     client_key = jax.random.fold_in(key, client_id)
@@ -191,38 +221,49 @@ def _one_client(round: Round, server, data, env, key, client_id, present, state,
     alive = present & healthy((value, denominators, weight, output.state, output.metrics))
     sent = jnp.asarray(output.sent, bool)
     counted = alive & sent & (weight > 0)
-    zero_unless = lambda tree: jax.tree.map(lambda x: jnp.where(counted, x, jnp.zeros_like(x)), tree)
+    zero_unless = lambda tree: jax.tree.map(
+        lambda x: jnp.where(counted, x, jnp.zeros_like(x)), tree
+    )
     kept = ()
     if round.aggregate.reduce is not None:
         kept = (zero_unless(output.upload), jnp.where(counted, weight, 0), counted, message)
     bytes_up = nbytes(output.upload) if output.bytes_up is None else output.bytes_up
-    slot = (
-        output.state, alive, counted, jnp.where(counted, weight, 0),
-        {n: jnp.asarray(m, jnp.float32) for n, m in output.metrics.items()},
-        jnp.where(present & sent, jnp.asarray(bytes_up, jnp.uint32), 0), jnp.uint32(nbytes(message)), kept,
-    )  # fmt: skip
-    return zero_unless((value, denominators)), slot
+    turn = Turn(
+        output.state,
+        alive,
+        counted,
+        jnp.where(counted, weight, 0),
+        {name: jnp.asarray(value, jnp.float32) for name, value in output.metrics.items()},
+        jnp.where(present & sent, jnp.asarray(bytes_up, jnp.uint32), 0),
+        jnp.uint32(nbytes(message)),
+        kept,
+    )
+    return zero_unless((value, denominators)), turn
 
 
 def _summed(round: Round, outputs):
-    """Sums over the lanes of what may be summed, and each slot's own outputs."""
-    lifted, slot = outputs
+    """Sums over the lanes of what may be summed, and each slot's own turn."""
+    lifted, turn = outputs
     if round.aggregate.reduce is not None:
-        return (), slot
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), lifted), slot
+        return (), turn
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), lifted), turn
 
 
 def _gather(clients: ClientStates, ids: jax.Array):
-    if isinstance(clients.known, tuple):
-        return clients.table, jnp.ones(ids.shape, bool) if not jax.tree.leaves(clients.table) else None
+    if not jax.tree.leaves(clients.table):
+        return clients.table, jnp.ones(ids.shape, bool)
     inside = jnp.clip(ids, 0, clients.known.shape[0] - 1)
     return jax.tree.map(lambda t: t[inside], clients.table), clients.known[inside]
 
 
-def _scatter(clients: ClientStates, ids: jax.Array, alive: jax.Array, states: PyTree) -> ClientStates:
+def _scatter(
+    clients: ClientStates, ids: jax.Array, alive: jax.Array, states: PyTree
+) -> ClientStates:
     """Write the survivors' states; every other row keeps its bits."""
-    if isinstance(clients.known, tuple):
+    if not jax.tree.leaves(clients.table):
         return clients
     target = jnp.where(alive, ids, clients.known.shape[0])
     put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
-    return ClientStates(jax.tree.map(put, clients.table, states), clients.known.at[target].set(True, mode="drop"))
+    return ClientStates(
+        jax.tree.map(put, clients.table, states), clients.known.at[target].set(True, mode="drop")
+    )

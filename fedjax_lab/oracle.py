@@ -4,7 +4,6 @@ One client after the other, batches of their true size, no masks, lanes, chunks,
 shares with the engine only the Round, the sampler, the PRNG keys and the order of the examples.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,14 +29,18 @@ class PlainClient(NamedTuple):
     env: Any
     max_size: int
     tile: int
-    order: tuple[int, ...] | None = None  # of a split's part: which of the arrays' rows, in which order
+    order: tuple[int, ...] | None = (
+        None  # of a split's part: which of the arrays' rows, in which order
+    )
 
     def take(self, positions) -> PyTree:
         rows = np.clip(np.asarray(positions), 0, max(self.size - 1, 0))
         if self.order is not None:
             rows = np.asarray(self.order)[rows] if self.size else rows * 0
         if self.size == 0:  # masked anyway
-            return jax.tree.map(lambda a: jnp.zeros((len(rows), *a.shape[1:]), a.dtype), self.arrays)
+            return jax.tree.map(
+                lambda a: jnp.zeros((len(rows), *a.shape[1:]), a.dtype), self.arrays
+            )
         return jax.tree.map(lambda a: jnp.asarray(a[rows]), self.arrays)
 
     def full(self):
@@ -47,7 +50,9 @@ class PlainClient(NamedTuple):
         if self.order is not None:
             return list(self.order)
         seed = shuffle.derive(jnp.uint32(0x5EED), self.id)
-        return np.asarray(shuffle.permute(jnp.arange(max(self.size, 1)), self.size, seed))[: self.size].tolist()
+        return np.asarray(shuffle.permute(jnp.arange(max(self.size, 1)), self.size, seed))[
+            : self.size
+        ].tolist()
 
     def split(self, fraction: float):
         count = int(np.floor(np.float32(fraction) * np.float32(self.size) + 0.5))
@@ -77,7 +82,9 @@ class PlainClient(NamedTuple):
                 seed = shuffle.derive(shuffle.seed_of(key), t // batches)
                 positions = shuffle.permute(positions, self.size, seed)
             step_key = None if key is None else jax.random.fold_in(key, t)
-            carry = step(carry, self.take(positions), jnp.ones(len(positions), bool), positions, step_key)
+            carry = step(
+                carry, self.take(positions), jnp.ones(len(positions), bool), positions, step_key
+            )
         return carry
 
 
@@ -113,13 +120,23 @@ def oracle_run(
     sampling, clients, metrics = sampler.init(data), {}, []
     for r in range(num_rounds):
         key = jax.random.fold_in(run_key, r)
-        public, sampling_key, clients_key, serving = (jax.random.fold_in(key, i) for i in range(4))
-        ids, present, sampling = sampler.sample(sampling, sampling_key, data, _no_probe)
-        env = Env(jnp.int32(r), public, ids, ids < data.num_clients, present, jnp.int32(data.num_clients))
+        public, clients_key, serving = (jax.random.fold_in(key, i) for i in range(3))
+        ids, present, sampling = sampler.sample(sampling, public, data, _no_probe)
+        env = Env(
+            jnp.int32(r),
+            public,
+            ids,
+            ids < data.num_clients,
+            present,
+            jnp.int32(data.num_clients),
+            jnp.sum(present),
+        )
         server, record, ok = _one_round(round, server, clients, data, env, clients_key, serving)
         metrics.append(record)
         sampling = sampler.update(sampling, ids, jnp.asarray(ok), {})
-    return OracleResult(server, clients, metrics, round.model.get(server).params if round.model else server)
+    return OracleResult(
+        server, clients, metrics, round.model.get(server).params if round.model else server
+    )
 
 
 def _no_probe(ids):
@@ -128,7 +145,9 @@ def _no_probe(ids):
 
 def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key, serving):
     sums, kept, ok, uplink, total_weight, weighted = None, [], [], 0, 0.0, {}
-    for k, present in zip(np.asarray(env.ids).tolist(), np.asarray(env.present).tolist(), strict=True):
+    for k, present in zip(
+        np.asarray(env.ids).tolist(), np.asarray(env.present).tolist(), strict=True
+    ):
         counted = False
         if present:
             output, message = _turn(round, server, clients, data, env, clients_key, k)

@@ -16,8 +16,8 @@ def read_bytes(
 ) -> bytes:
     """The content of a file, decompressed if its name ends in ``.gz``.
 
-    Gzip carries a checksum of what it holds, so that a truncated or altered archive never passes for
-    whole. (The time stamp and the name in its header are not covered; they don't matter here.)
+    Gzip carries a checksum of what it holds, so that a truncated or altered archive never passes
+    for whole. (The time stamp and the name in its header are not covered; they don't matter here.)
 
     Args:
       path: the file.
@@ -30,10 +30,7 @@ def read_bytes(
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}{_near(path)}")
-    if path.suffix != ".gz":
-        raw = path.read_bytes()
-    else:
-        raw = _gunzip(path, part)
+    raw = _gunzip(path, part) if path.suffix == ".gz" else path.read_bytes()
     if not raw:
         raise ValueError(f"{path}: {part(0)} is missing: the file is empty")
     return raw

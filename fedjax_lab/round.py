@@ -21,7 +21,9 @@ Upload = PyTree
 Aggregate = PyTree
 
 # (params, (model_state, batch, mask), key) -> (grads, (loss, model_state)); loss is a mean over the mask.
-Oracle = Callable[[PyTree, tuple[PyTree, PyTree, jax.Array], jax.Array], tuple[PyTree, tuple[jax.Array, PyTree]]]
+Oracle = Callable[
+    [PyTree, tuple[PyTree, PyTree, jax.Array], jax.Array], tuple[PyTree, tuple[jax.Array, PyTree]]
+]
 # A change of the local objective: prox terms, control variates, frozen leaves, MAML's objective.
 Tilt = Callable[[Oracle], Oracle]
 
@@ -41,6 +43,7 @@ class Env(NamedTuple):
       invited: ``bool[cohort]``, slots that hold a client. Invited clients cost downlink.
       present: ``bool[cohort]``, the invited who can answer.
       population: number of clients in all.
+      survivors: ``int32[]``, the present; once uploads are being aggregated, those whose upload counts.
     """
 
     round: Any
@@ -49,6 +52,7 @@ class Env(NamedTuple):
     invited: Any
     present: Any
     population: Any
+    survivors: Any
 
 
 class Trained(NamedTuple):
@@ -103,7 +107,9 @@ class Lens(NamedTuple):
     set: Callable[[PyTree, Variables], PyTree]
 
 
-def through(outer: Callable[[PyTree], PyTree], put: Callable[[PyTree, PyTree], PyTree], lens: Lens) -> Lens:
+def through(
+    outer: Callable[[PyTree], PyTree], put: Callable[[PyTree, PyTree], PyTree], lens: Lens
+) -> Lens:
     """The lens into ``outer(whole)``, which ``put(whole, part)`` replaces; for transforms that nest states."""
     return Lens(
         get=lambda whole: lens.get(outer(whole)),
@@ -237,9 +243,14 @@ def nbytes(tree: PyTree) -> int:
     def size(leaf) -> int:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
-        bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.dtype.itemsize * 8
+        bits = (
+            jnp.iinfo(leaf.dtype).bits
+            if jnp.issubdtype(leaf.dtype, jnp.integer)
+            else leaf.dtype.itemsize * 8
+        )
         return -(-leaf.size * bits // 8)
 
     return sum(
-        size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf) for leaf in jax.tree.leaves(tree)
+        size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf)
+        for leaf in jax.tree.leaves(tree)
     )

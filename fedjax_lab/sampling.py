@@ -9,6 +9,7 @@ import numpy as np
 
 from fedjax_lab import checks, shuffle
 from fedjax_lab.data import FederatedData
+from fedjax_lab.local import straggles
 
 PyTree = Any
 
@@ -20,7 +21,7 @@ class Sampler(NamedTuple):
       init: ``(data) -> state``. Raises ValueError when the population doesn't suit.
       sample: ``(state, key, data, probe) -> (ids: int32[cohort], present: bool[cohort], state)``. Ids are
         distinct positions in the population; ``num_clients`` marks an empty slot. Present are those who
-        will answer. ``probe(ids) -> float32[n]`` runs the Round's loss for candidates; its bytes count.
+        will answer. ``key`` is the round's public key (``Env.key``). ``probe(ids) -> float32[n]`` runs the Round's loss for candidates; its bytes count.
       update: ``(state, ids, ok, metrics) -> state`` after the round: who survived, and each slot's metrics.
     """
 
@@ -35,7 +36,9 @@ def uniform(cohort_size: int) -> Sampler:
 
     def init(data):
         if cohort_size > data.num_clients:
-            raise ValueError(f"cohort_size {cohort_size} is larger than the population of {data.num_clients} clients")
+            raise ValueError(
+                f"cohort_size {cohort_size} is larger than the population of {data.num_clients} clients"
+            )
         return ()
 
     def sample(state, key, data, probe):
@@ -58,13 +61,17 @@ def fixed(ids: Sequence[int] | np.ndarray) -> Sampler:
     """The clients at these positions of the population, in every round. They must be distinct."""
     ids = np.asarray(ids)
     if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"fixed() needs a non-empty list of client positions (integers); got {ids!r}")
+        raise ValueError(
+            f"fixed() needs a non-empty list of client positions (integers); got {ids!r}"
+        )
     checks.unique_ids(ids.tolist())
 
     def init(data):
         outside = ids[(ids < 0) | (ids >= data.num_clients)]
         if outside.size:
-            raise ValueError(f"client position {outside[0]} is outside the population 0..{data.num_clients - 1}")
+            raise ValueError(
+                f"client position {outside[0]} is outside the population 0..{data.num_clients - 1}"
+            )
         return ()
 
     def sample(state, key, data, probe):
@@ -89,9 +96,13 @@ def weighted(cohort_size: int, weights: Any = None) -> Sampler:
     def init(data):
         w = np.asarray(data.sizes if weights is None else weights)
         if w.shape != (data.num_clients,) or not (w >= 0).all():
-            raise ValueError(f"weights must be {data.num_clients} non-negative numbers; got shape {w.shape}")
+            raise ValueError(
+                f"weights must be {data.num_clients} non-negative numbers; got shape {w.shape}"
+            )
         if cohort_size > (w > 0).sum():
-            raise ValueError(f"cohort_size {cohort_size} exceeds the {(w > 0).sum()} clients of positive weight")
+            raise ValueError(
+                f"cohort_size {cohort_size} exceeds the {(w > 0).sum()} clients of positive weight"
+            )
         return ()
 
     def sample(state, key, data, probe):
@@ -103,12 +114,28 @@ def weighted(cohort_size: int, weights: Any = None) -> Sampler:
 
 def dropout(sampler: Sampler, rate: float) -> Sampler:
     """Each invited client fails to answer with probability ``rate``, independently in every round."""
-    if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:
-        raise ValueError(f"a dropout rate lies between 0 and 1; got {rate}")
+    checks.probability(rate, "rate")
 
     def sample(state, key, data, probe):
         ids, present, state = sampler.sample(state, key, data, probe)
-        stays = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 7), i)))(ids)
+        stays = jax.vmap(
+            lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 7), i))
+        )(ids)
         return ids, present & (stays >= rate), state
+
+    return sampler._replace(sample=sample)
+
+
+def drop_stragglers(sampler: Sampler, fraction: float) -> Sampler:
+    """Leave out the clients that straggle, as FedAvg does (Li et al. 2020, section 5.2).
+
+    They are the ones that :func:`fedjax_lab.partial_work` lets do part of their work, so that both can be
+    compared in the same rounds.
+    """
+    checks.probability(fraction, "fraction")
+
+    def sample(state, key, data, probe):
+        ids, present, state = sampler.sample(state, key, data, probe)
+        return ids, present & ~jax.vmap(lambda i: straggles(key, i, fraction))(ids), state
 
     return sampler._replace(sample=sample)

@@ -43,7 +43,9 @@ class SimulationState(NamedTuple):
     key: jax.Array
 
 
-def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None) -> Process:
+def synchronous(
+    round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None
+) -> Process:
     """Run a Round over a population, a cohort at a time.
 
     Args:
@@ -64,7 +66,9 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
     """
     sampler = everyone() if sampler is None else sampler
     sampler.init(data)
-    jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
+    jax.eval_shape(
+        lambda key: round.init(key, data), jax.random.key(0)
+    )  # checks the data, computes nothing
     data = data.on_device()
     if lanes is not None:
         checks.positive(lanes, "lanes", integer=True)
@@ -84,9 +88,9 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
     @jax.jit
     def step(state: SimulationState, data: FederatedData):
         key = jax.random.fold_in(state.key, state.round)
-        public, sampling, clients, serving = (jax.random.fold_in(key, i) for i in range(4))
+        public, clients, serving = (jax.random.fold_in(key, i) for i in range(3))
         probe = _probe(round, state.server, data, clients)
-        ids, present, sampler_state = sampler.sample(state.sampler, sampling, data, probe)
+        ids, present, sampler_state = sampler.sample(state.sampler, public, data, probe)
         env = make_env(state.round, public, ids, present, data.num_clients)
         width = min(lanes or balanced_lanes(len(ids)), len(ids))
         answers = run_cohort(round, state.server, state.clients, data, env, clients, width)
@@ -111,6 +115,7 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
 
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:
     """Aggregate and update the server; nothing at all changes in a round that nobody survived."""
+    env = env._replace(survivors=answers.counts["survivors"])
     if round.aggregate.reduce is None:
         aggregate = round.aggregate.finish(answers.sums, env)
     else:
@@ -165,7 +170,9 @@ def same_types(new: PyTree, old: PyTree) -> PyTree:
     """``new`` without weak types where ``old`` has none; shapes and dtypes are checked when built."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         return new
-    return jax.tree.map(lambda n, o: jax.lax.convert_element_type(n, jnp.asarray(n).dtype), new, old)
+    return jax.tree.map(
+        lambda n, o: jax.lax.convert_element_type(n, jnp.asarray(n).dtype), new, old
+    )
 
 
 def _check_stable(new: PyTree, old: PyTree) -> None:

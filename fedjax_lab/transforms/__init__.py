@@ -1,0 +1,4 @@
+"""Round -> Round: what is trained."""
+
+from fedjax_lab.transforms.private import batch_norm, private, statistics
+from fedjax_lab.transforms.tilting import proximal, tilted

@@ -1,0 +1,159 @@
+"""Models of which a part stays with each client: FedBN, FedPer, local statistics.
+
+The private part is taken out of everything that travels: out of the model, and out of whatever else
+in a message or an upload is shaped like it (control variates, momenta).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab import checks
+from fedjax_lab.models.base import Variables
+from fedjax_lab.round import Lens, Round, Transform, identity
+
+PyTree = Any
+
+
+class PrivateState(NamedTuple):
+    """The client's ``part``: Variables with ``None`` for every shared leaf; and the inner state."""
+
+    part: Variables
+    inner: Any
+
+
+def batch_norm(path: str) -> bool:
+    """FedBN's predicate: batch-norm layers, their parameters and their running statistics."""
+    return "batchnorm" in path.lower().replace("_", "") or statistics(path)
+
+
+def statistics(path: str) -> bool:
+    """The predicate of everything in the model's state (running statistics), and no parameter."""
+    return path.startswith("model_state/")
+
+
+def private(predicate: Callable[[str], bool]) -> Transform:
+    """Keep the leaves that ``predicate`` names with each client; train all of them jointly.
+
+    FedBN (Li et al. 2021) is ``private(batch_norm)``; FedPer (Arivazhagan et al. 2019) is a predicate that
+    names the last layers. Each client's part starts from the server's initial model.
+
+    Args:
+      predicate: of a leaf's path in Variables, such as ``params/Dense_1/kernel`` or
+        ``model_state/batch_stats/BatchNorm_0/mean``.
+
+    Raises:
+      ValueError: when the process is built, if nothing or everything is private.
+    """
+
+    def transform(round: Round) -> Round:
+        view, model = round.view, round.model
+        if view is None or model is None:
+            raise ValueError("private() splits a model, but this Round has none")
+
+        def init(key, data, params=None):
+            server = round.init(key, data, params)
+            chosen = [predicate(name) for name, _ in checks.named_leaves(model.get(server))]
+            if all(chosen) or not any(chosen):
+                names = [name for name, _ in checks.named_leaves(model.get(server))]
+                raise ValueError(
+                    f"the predicate makes {'everything' if all(chosen) else 'nothing'} private of {names}"
+                )
+            return server
+
+        def init_client(server, client):
+            return PrivateState(
+                keep(predicate, model.get(server)), round.init_client(server, client)
+            )
+
+        def broadcast(server, state, client, key):
+            return strip(
+                predicate, model.get(server), round.broadcast(server, state.inner, client, key)
+            )
+
+        def received(message, state):
+            """The inner message as the client completes it."""
+            whole = fill(state.part, message)
+            return view.set(whole, merge(state.part, view.get(whole)))
+
+        def client_update(message, state, client, key, tilt=identity):
+            whole = received(message, state)
+            out = round.client_update(whole, state.inner, client, key, tilt=tilt)
+            if out.trained is None:
+                raise ValueError(
+                    "private() needs a Round that reports what it trained (ClientOutput.trained)"
+                )
+            part = keep(predicate, out.trained.variables)
+            upload = strip(predicate, view.get(whole), out.upload)
+            return out._replace(upload=upload, state=PrivateState(part, out.state), bytes_up=None)
+
+        def lift(upload, weight, message, env):
+            return round.aggregate.lift(upload, weight, message, env)
+
+        def server_update(server, aggregate, key):
+            # The server's own copy of the private leaves gets zero updates: it stays where it began.
+            return round.server_update(
+                server, fill(keep(predicate, model.get(server)), aggregate), key
+            )
+
+        def personalize(message, state, client, key):
+            return round.personalize(received(message, state), state.inner, client, key)
+
+        return round._replace(
+            init=init,
+            init_client=init_client,
+            broadcast=broadcast,
+            client_update=client_update,
+            aggregate=round.aggregate._replace(lift=lift),
+            server_update=server_update,
+            personalize=personalize,
+            view=Lens(view.get, view.set),
+            traits=round.traits | {"personal", "partial"},
+        )
+
+    return transform
+
+
+def keep(predicate, variables: Variables) -> Variables:
+    """Variables with ``None`` for the leaves that aren't private."""
+    pick = lambda path, leaf: leaf if predicate(checks.path_name(path)) else None
+    return jax.tree_util.tree_map_with_path(pick, variables)
+
+
+def merge(part: Variables, shared: Variables) -> Variables:
+    """``part`` where it has a leaf, else ``shared``."""
+    return jax.tree.map(
+        lambda p, s: s if p is None else p, part, shared, is_leaf=lambda x: x is None
+    )
+
+
+def strip(predicate, like: Variables, tree: PyTree) -> PyTree:
+    """``tree`` with ``None`` for the private leaves of every subtree shaped as ``like`` or its params."""
+    gone = jax.tree_util.tree_map_with_path(lambda path, _: predicate(checks.path_name(path)), like)
+    shapes = {jax.tree.structure(like): gone, jax.tree.structure(like.params): gone.params}
+
+    def one(subtree):
+        mask = shapes.get(jax.tree.structure(subtree))
+        return (
+            subtree if mask is None else jax.tree.map(lambda g, x: None if g else x, mask, subtree)
+        )
+
+    return jax.tree.map(one, tree, is_leaf=lambda t: jax.tree.structure(t) in shapes)
+
+
+def fill(part: Variables, tree: PyTree) -> PyTree:
+    """Zeros for the private leaves that :func:`strip` took out, so that the inner round finds its shapes."""
+    is_none = lambda x: x is None
+    shared = jax.tree.map(lambda p: 0 if p is None else None, part, is_leaf=is_none)
+    templates = {jax.tree.structure(shared): part, jax.tree.structure(shared.params): part.params}
+
+    def one(subtree):
+        template = templates.get(jax.tree.structure(subtree))
+        if template is None:
+            return subtree
+        zero = lambda p, x: x if p is None else jnp.zeros_like(p)
+        return jax.tree.map(zero, template, subtree, is_leaf=is_none)
+
+    return jax.tree.map(one, tree, is_leaf=lambda t: jax.tree.structure(t) in templates)
