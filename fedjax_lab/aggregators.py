@@ -1,5 +1,6 @@
 """Aggregators: how a cohort's uploads become one aggregate."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,12 +53,28 @@ def per_population(aggregator: Aggregator) -> Aggregator:
     return aggregator._replace(finish=finish)
 
 
+def within(aggregator: Aggregator, unwrap: Callable[[PyTree], PyTree]) -> Aggregator:
+    """The aggregator of a Round whose message travels inside a larger one, which ``unwrap`` opens.
+
+    Every transform that changes the message wraps the inner Round's aggregator so.
+    """
+
+    def lift(upload, weight, message, env):
+        return aggregator.lift(upload, weight, unwrap(message), env)
+
+    if aggregator.reduce is None:
+        return aggregator._replace(lift=lift)
+
+    def reduce(uploads, weights, ok, messages, env):
+        return aggregator.reduce(uploads, weights, ok, unwrap(messages), env)
+
+    return Aggregator(lift, aggregator.finish, reduce)
+
+
 def pair(first: Aggregator, second: Aggregator) -> Aggregator:
     """Aggregate a pair of uploads ``(a, b)``, each its own way, into a pair."""
     if first.reduce or second.reduce:
-        raise ValueError(
-            "pair() takes additive aggregators: one that sees all uploads can't be paired"
-        )
+        raise ValueError("pair() takes additive aggregators: one that sees all uploads can't be paired")
 
     def lift(upload, weight, message, env):
         a = first.lift(upload[0], weight, message, env)

@@ -58,20 +58,14 @@ def private(predicate: Callable[[str], bool]) -> Transform:
             chosen = [predicate(name) for name, _ in checks.named_leaves(model.get(server))]
             if all(chosen) or not any(chosen):
                 names = [name for name, _ in checks.named_leaves(model.get(server))]
-                raise ValueError(
-                    f"the predicate makes {'everything' if all(chosen) else 'nothing'} private of {names}"
-                )
+                raise ValueError(f"the predicate makes {'everything' if all(chosen) else 'nothing'} private of {names}")
             return server
 
         def init_client(server, client):
-            return PrivateState(
-                keep(predicate, model.get(server)), round.init_client(server, client)
-            )
+            return PrivateState(keep(predicate, model.get(server)), round.init_client(server, client))
 
         def broadcast(server, state, client, key):
-            return strip(
-                predicate, model.get(server), round.broadcast(server, state.inner, client, key)
-            )
+            return strip(predicate, model.get(server), round.broadcast(server, state.inner, client, key))
 
         def received(message, state):
             """The inner message as the client completes it."""
@@ -82,21 +76,14 @@ def private(predicate: Callable[[str], bool]) -> Transform:
             whole = received(message, state)
             out = round.client_update(whole, state.inner, client, key, tilt=tilt)
             if out.trained is None:
-                raise ValueError(
-                    "private() needs a Round that reports what it trained (ClientOutput.trained)"
-                )
+                raise ValueError("private() needs a Round that reports what it trained (ClientOutput.trained)")
             part = keep(predicate, out.trained.variables)
             upload = strip(predicate, view.get(whole), out.upload)
             return out._replace(upload=upload, state=PrivateState(part, out.state), bytes_up=None)
 
-        def lift(upload, weight, message, env):
-            return round.aggregate.lift(upload, weight, message, env)
-
         def server_update(server, aggregate, key):
             # The server's own copy of the private leaves gets zero updates: it stays where it began.
-            return round.server_update(
-                server, fill(keep(predicate, model.get(server)), aggregate), key
-            )
+            return round.server_update(server, fill(keep(predicate, model.get(server)), aggregate), key)
 
         def personalize(message, state, client, key):
             return round.personalize(received(message, state), state.inner, client, key)
@@ -106,7 +93,6 @@ def private(predicate: Callable[[str], bool]) -> Transform:
             init_client=init_client,
             broadcast=broadcast,
             client_update=client_update,
-            aggregate=round.aggregate._replace(lift=lift),
             server_update=server_update,
             personalize=personalize,
             view=Lens(view.get, view.set),
@@ -124,9 +110,7 @@ def keep(predicate, variables: Variables) -> Variables:
 
 def merge(part: Variables, shared: Variables) -> Variables:
     """``part`` where it has a leaf, else ``shared``."""
-    return jax.tree.map(
-        lambda p, s: s if p is None else p, part, shared, is_leaf=lambda x: x is None
-    )
+    return jax.tree.map(lambda p, s: s if p is None else p, part, shared, is_leaf=lambda x: x is None)
 
 
 def strip(predicate, like: Variables, tree: PyTree) -> PyTree:
@@ -136,9 +120,7 @@ def strip(predicate, like: Variables, tree: PyTree) -> PyTree:
 
     def one(subtree):
         mask = shapes.get(jax.tree.structure(subtree))
-        return (
-            subtree if mask is None else jax.tree.map(lambda g, x: None if g else x, mask, subtree)
-        )
+        return subtree if mask is None else jax.tree.map(lambda g, x: None if g else x, mask, subtree)
 
     return jax.tree.map(one, tree, is_leaf=lambda t: jax.tree.structure(t) in shapes)
 

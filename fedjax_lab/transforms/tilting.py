@@ -19,9 +19,7 @@ def tilted(make: Callable[[Variables, ClientData], Tilt]) -> Transform:
     def transform(round: Round) -> Round:
         view = round.view
         if view is None:
-            raise ValueError(
-                "tilted() changes local training, but this Round trains no model (Round.view is None)"
-            )
+            raise ValueError("tilted() changes local training, but this Round trains no model (Round.view is None)")
 
         def client_update(message, state, client, key, tilt=identity):
             own = make(view.get(message), client)
