@@ -21,9 +21,7 @@ def optional(module: str, purpose: str, extra: str = "data") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         name = module.split(".")[0]
-        raise ImportError(
-            f"{purpose} needs {name} ({error}): pip install 'fedjax-lab[{extra}]'"
-        ) from error
+        raise ImportError(f"{purpose} needs {name} ({error}): pip install 'fedjax-lab[{extra}]'") from error
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
@@ -59,9 +57,7 @@ def client_rows(client: Hashable, tree: Any) -> int:
         raise ValueError(f"client {client!r} has no arrays")
     for name, leaf in leaves:
         if leaf.ndim == 0:
-            raise ValueError(
-                f"client {client!r}: field {name} is a scalar; give one entry per example"
-            )
+            raise ValueError(f"client {client!r}: field {name} is a scalar; give one entry per example")
         if len(leaf) != len(leaves[0][1]):
             raise ValueError(
                 f"client {client!r}: field {name} has {len(leaf)} rows but {leaves[0][0]} has {len(leaves[0][1])}"
@@ -89,21 +85,15 @@ def same_structure(ids: Sequence[Hashable], trees: Sequence[Any]) -> None:
 def device_dtype(leaf: np.ndarray) -> np.ndarray:
     """A leaf in the 32-bit type that JAX would give it. Raises for what isn't numeric or doesn't fit."""
     if leaf.dtype == object or leaf.dtype.kind in "USMmV":
-        raise ValueError(
-            f"arrays must be numeric or boolean; got dtype {leaf.dtype}: encode it first"
-        )
+        raise ValueError(f"arrays must be numeric or boolean; got dtype {leaf.dtype}: encode it first")
     target = jax.dtypes.canonicalize_dtype(leaf.dtype)
     if target == leaf.dtype:
         return leaf
     if leaf.dtype.kind in "iu" and leaf.size:
         info = np.iinfo(target)
         if leaf.min() < info.min or leaf.max() > info.max:
-            raise ValueError(
-                f"{leaf.dtype} values from {leaf.min()} to {leaf.max()} do not fit {target}"
-            )
-    with np.errstate(
-        over="ignore"
-    ):  # what overflows becomes infinite, and is then named by finite()
+            raise ValueError(f"{leaf.dtype} values from {leaf.min()} to {leaf.max()} do not fit {target}")
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is then named by finite()
         return leaf.astype(target)
 
 
@@ -128,9 +118,7 @@ def shares(fraction: float | Sequence[float]) -> np.ndarray:
     if parts.size == 1:
         parts = np.array([parts[0], 1 - parts[0]])
     if not (parts > 0).all() or abs(parts.sum() - 1) > 1e-6:
-        raise ValueError(
-            f"a split needs positive shares that sum to 1, or one between 0 and 1; got {fraction}"
-        )
+        raise ValueError(f"a split needs positive shares that sum to 1, or one between 0 and 1; got {fraction}")
     return parts
 
 
@@ -152,9 +140,7 @@ def labels_in_range(data: Any, num_classes: int, field: str = "y") -> None:
     if labels is None or isinstance(labels, jax.core.Tracer):
         return
     if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"labels {field!r} must be integers 0..{num_classes - 1}; got dtype {labels.dtype}"
-        )
+        raise ValueError(f"labels {field!r} must be integers 0..{num_classes - 1}; got dtype {labels.dtype}")
     low, high = labels.min(), labels.max()  # on the device where the labels are
     if low >= 0 and high < num_classes:
         return

@@ -67,14 +67,10 @@ class ClientData:
         """
         checks.shares(fraction)
         count = jnp.floor(fraction * self.size + 0.5).astype(jnp.int32)
-        count = jnp.clip(
-            count, jnp.minimum(self.size, 1), jnp.maximum(self.size - 1, jnp.minimum(self.size, 1))
-        )
+        count = jnp.clip(count, jnp.minimum(self.size, 1), jnp.maximum(self.size - 1, jnp.minimum(self.size, 1)))
         top = min(max(int(fraction * self.max_size + 0.5), 1), self.max_size)
         rest = max(self.max_size - min(int(fraction * self.max_size), max(self.max_size - 1, 0)), 1)
-        return self._range(0, count, top), self._range(
-            count, self.size - count, min(rest, self.max_size)
-        )
+        return self._range(0, count, top), self._range(count, self.size - count, min(rest, self.max_size))
 
     def part(self, p: jax.Array | int, of: int) -> "ClientData":
         """The ``p``-th of ``of`` disjoint random parts of nearly equal size (folds, coded work)."""
@@ -135,9 +131,7 @@ class ClientData:
             if seed is None:
                 positions = jnp.clip(positions, 0, jnp.maximum(self.size - 1, 0))
             else:
-                positions = shuffle.permute(
-                    positions, self.size, shuffle.derive(seed, t // per_epoch)
-                )
+                positions = shuffle.permute(positions, self.size, shuffle.derive(seed, t // per_epoch))
             step_key = key if key is None else jax.random.fold_in(key, t)
             return step(carry, self.take(positions), mask, positions, step_key)
 

@@ -88,9 +88,7 @@ def healthy(tree: PyTree) -> jax.Array:
 
 def select(condition: jax.Array, chosen: PyTree, other: PyTree) -> PyTree:
     """``chosen`` where the scalar ``condition`` holds, else ``other``, leaf by leaf in ``other``'s dtypes."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(condition, jnp.asarray(a, b.dtype), b), chosen, other
-    )
+    return jax.tree.map(lambda a, b: jnp.where(condition, jnp.asarray(a, b.dtype), b), chosen, other)
 
 
 def count_bytes(per_client: jax.Array, counted: jax.Array) -> jax.Array:
@@ -151,9 +149,7 @@ def run_cohort(
     cohort = env.ids.shape[0]
     chunks = -(-cohort // lanes)
     pad = chunks * lanes - cohort
-    work = jnp.where(
-        env.present, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1
-    )
+    work = jnp.where(env.present, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
     order = jnp.argsort(-work, stable=True) if chunks > 1 else jnp.arange(cohort)
     ids = jnp.concatenate([env.ids[order], jnp.full(pad, data.num_clients, jnp.int32)])
     present = jnp.concatenate([env.present[order], jnp.zeros(pad, bool)])
@@ -169,9 +165,7 @@ def run_cohort(
         slots = jax.tree.map(lambda x: x.reshape(chunks, lanes, *x.shape[1:]), slots)
         zeros = jax.tree.map(
             lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(
-                lambda s: _summed(round, jax.vmap(one)(*s))[0], jax.tree.map(lambda x: x[0], slots)
-            ),
+            jax.eval_shape(lambda s: _summed(round, jax.vmap(one)(*s))[0], jax.tree.map(lambda x: x[0], slots)),
         )
 
         def chunk(sums, slots):
@@ -221,9 +215,7 @@ def client_turn(round: Round, server, data, env, key, client_id, present, state,
     alive = present & healthy((value, denominators, weight, output.state, output.metrics))
     sent = jnp.asarray(output.sent, bool)
     counted = alive & sent & (weight > 0)
-    zero_unless = lambda tree: jax.tree.map(
-        lambda x: jnp.where(counted, x, jnp.zeros_like(x)), tree
-    )
+    zero_unless = lambda tree: jax.tree.map(lambda x: jnp.where(counted, x, jnp.zeros_like(x)), tree)
     kept = ()
     if round.aggregate.reduce is not None:
         kept = (zero_unless(output.upload), jnp.where(counted, weight, 0), counted, message)
@@ -256,14 +248,10 @@ def _gather(clients: ClientStates, ids: jax.Array):
     return jax.tree.map(lambda t: t[inside], clients.table), clients.known[inside]
 
 
-def _scatter(
-    clients: ClientStates, ids: jax.Array, alive: jax.Array, states: PyTree
-) -> ClientStates:
+def _scatter(clients: ClientStates, ids: jax.Array, alive: jax.Array, states: PyTree) -> ClientStates:
     """Write the survivors' states; every other row keeps its bits."""
     if not jax.tree.leaves(clients.table):
         return clients
     target = jnp.where(alive, ids, clients.known.shape[0])
     put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
-    return ClientStates(
-        jax.tree.map(put, clients.table, states), clients.known.at[target].set(True, mode="drop")
-    )
+    return ClientStates(jax.tree.map(put, clients.table, states), clients.known.at[target].set(True, mode="drop"))

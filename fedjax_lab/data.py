@@ -136,9 +136,7 @@ class FederatedData:
         return cls._build(arrays, sizes, [_plain(i) for i in ids], attrs, validate)
 
     @classmethod
-    def from_assignment(
-        cls, arrays: PyTree, assignment: np.ndarray, num_clients: int | None = None
-    ) -> "FederatedData":
+    def from_assignment(cls, arrays: PyTree, assignment: np.ndarray, num_clients: int | None = None) -> "FederatedData":
         """From flat arrays and a client number for each row, as the partitioners give it.
 
         Args:
@@ -170,16 +168,12 @@ class FederatedData:
         if sizes.sum() == 0:
             raise ValueError(f"none of the {len(sizes)} clients has an example")
         if sizes.sum() >= 2**31:
-            raise ValueError(
-                f"{sizes.sum()} rows do not fit 32-bit row numbers; split the data set"
-            )
+            raise ValueError(f"{sizes.sum()} rows do not fit 32-bit row numbers; split the data set")
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         attrs = {name: np.asarray(value) for name, value in (attrs or {}).items()}
         for name, value in attrs.items():
             if value.ndim == 0 or len(value) != len(sizes):
-                raise ValueError(
-                    f"attribute {name!r} must have one entry for each of {len(sizes)} clients"
-                )
+                raise ValueError(f"attribute {name!r} must have one entry for each of {len(sizes)} clients")
         arrays = jax.tree.map(checks.device_dtype, arrays)
         data = cls(
             arrays, starts.astype(np.int32), sizes.astype(np.int32), attrs,
@@ -242,16 +236,13 @@ class FederatedData:
 
     def __repr__(self) -> str:
         fields = ", ".join(
-            f"{name}: {np.dtype(leaf.dtype)}{list(leaf.shape[1:])}"
-            for name, leaf in checks.named_leaves(self.arrays)
+            f"{name}: {np.dtype(leaf.dtype)}{list(leaf.shape[1:])}" for name, leaf in checks.named_leaves(self.arrays)
         )
         return f"FederatedData({self.num_clients} clients, {self.num_examples} examples, {fields})"
 
     # ---- splitting ----
 
-    def split(
-        self, fraction: float | Sequence[float] = 0.8, seed: int = 0
-    ) -> tuple["FederatedData", ...]:
+    def split(self, fraction: float | Sequence[float] = 0.8, seed: int = 0) -> tuple["FederatedData", ...]:
         """Divide each client's own examples at random, the clients staying the same.
 
         Args:
@@ -274,9 +265,7 @@ class FederatedData:
         part = sum((rank >= np.repeat(b, sizes)).astype(np.int64) for b in bounds)
         rows = self._rows()
         parts = tuple(
-            self._take(
-                rows[np.sort(order[part == p])], np.bincount(owner[part == p], minlength=len(sizes))
-            )
+            self._take(rows[np.sort(order[part == p])], np.bincount(owner[part == p], minlength=len(sizes)))
             for p in range(len(shares))
         )
         return Split(*parts) if len(parts) == 2 else parts
@@ -315,9 +304,7 @@ class FederatedData:
         before = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]])
         return np.arange(int(sizes.sum())) + np.repeat(starts - before, sizes)
 
-    def _take(
-        self, rows: np.ndarray, sizes: np.ndarray, clients: np.ndarray | None = None
-    ) -> "FederatedData":
+    def _take(self, rows: np.ndarray, sizes: np.ndarray, clients: np.ndarray | None = None) -> "FederatedData":
         """A data set of some rows of some clients (by default all), which keeps ids and attributes."""
         arrays = jax.tree.map(lambda a: np.asarray(a)[rows], self.arrays)
         starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]]).astype(np.int32)
@@ -326,9 +313,7 @@ class FederatedData:
             attrs = {name: np.asarray(value)[clients] for name, value in attrs.items()}
             ids = Ids([self.ids[k] for k in clients])
         sizes = np.asarray(sizes, np.int32)
-        return FederatedData(
-            arrays, starts, sizes, attrs, ids, int(sizes.max(initial=0)), best_tile(sizes)
-        )
+        return FederatedData(arrays, starts, sizes, attrs, ids, int(sizes.max(initial=0)), best_tile(sizes))
 
 
 def best_tile(sizes: np.ndarray, overhead: int = 16) -> int:
@@ -341,9 +326,7 @@ def best_tile(sizes: np.ndarray, overhead: int = 16) -> int:
     if not len(sizes):
         return 1
     largest = int(sizes.max())
-    tiles = [t for t in 2 ** np.arange(3, 13) if t < largest] + (
-        [largest] if largest <= 4096 else []
-    )
+    tiles = [t for t in 2 ** np.arange(3, 13) if t < largest] + ([largest] if largest <= 4096 else [])
     cost = [np.mean(-(-sizes // t) * (t + overhead)) for t in tiles]
     return int(tiles[int(np.argmin(cost))])
 
@@ -363,9 +346,7 @@ class Description(dict):
             size_mean=float(sizes.mean()),
             size_max=int(sizes.max()),
             size_std=float(sizes.std()),
-            fields={
-                n: (tuple(a.shape[1:]), str(a.dtype)) for n, a in checks.named_leaves(data.arrays)
-            },
+            fields={n: (tuple(a.shape[1:]), str(a.dtype)) for n, a in checks.named_leaves(data.arrays)},
             attrs=sorted(data.attrs),
         )
         labels = checks.label_leaf(data.arrays)
@@ -385,11 +366,7 @@ class Description(dict):
                 lines += [f"{'field ' + n:<20} {d}{list(s)}" for n, (s, d) in value.items()]
             elif value not in ([], None):
                 text = (
-                    f"{value:,.1f}"
-                    if isinstance(value, float)
-                    else f"{value:,}"
-                    if isinstance(value, int)
-                    else value
+                    f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
                 )
                 lines.append(f"{name.replace('_', ' '):<20} {text}")
         return "\n".join(lines)

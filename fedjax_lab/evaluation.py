@@ -45,9 +45,7 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
       personal: evaluate the model that the client would use, rather than the one it was sent.
     """
     if round.metrics is None or round.view is None:
-        raise ValueError(
-            "this Round has no model metrics to evaluate (Round.metrics and Round.view)"
-        )
+        raise ValueError("this Round has no model metrics to evaluate (Round.metrics and Round.view)")
 
     def client_update(message, state, client, key, tilt=identity):
         if personal:
@@ -59,9 +57,7 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
 
     return round._replace(
         init_client=lambda server, client: round.init_client(server, own(client.id, client.env)),
-        broadcast=lambda server, state, client, key: round.broadcast(
-            server, state, own(client.id, client.env), key
-        ),
+        broadcast=lambda server, state, client, key: round.broadcast(server, state, own(client.id, client.env), key),
         client_update=client_update,
         aggregate=aggregators.mean(),
         server_update=lambda server, metrics, key: (server, metrics),
@@ -94,9 +90,7 @@ def client_metrics(
                 _compile(process.round, personal),
             )
         _, home, function = made
-        sizes, values = function(
-            process.server(state), process.clients(state), process.data, here, adapt, home
-        )
+        sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home)
         return ClientMetrics({n: np.asarray(v) for n, v in values.items()}, np.asarray(sizes))
 
     return compute
@@ -127,9 +121,7 @@ def _compile(round: Round, personal: bool):
             states = ClientStates(rows, clients.known[seat] & (home >= 0))
         key = jax.random.key(0)
         everybody = jnp.arange(test.num_clients)
-        env = make_env(
-            jnp.int32(0), key, everybody, jnp.ones(test.num_clients, bool), test.num_clients
-        )
+        env = make_env(jnp.int32(0), key, everybody, jnp.ones(test.num_clients, bool), test.num_clients)
         answers = run_cohort(
             evaluation_round(round, own, personal),
             server,
@@ -202,21 +194,14 @@ def combined(*evaluations: Evaluate) -> Evaluate:
 def pooled(metrics: ClientMetrics) -> dict[str, float]:
     """Means over all examples."""
     total = max(float(metrics.examples.sum()), 1.0)
-    return {
-        n: float((v.astype(np.float64) * metrics.examples).sum() / total)
-        for n, v in metrics.values.items()
-    }
+    return {n: float((v.astype(np.float64) * metrics.examples).sum() / total) for n, v in metrics.values.items()}
 
 
-def summarise(
-    metrics: ClientMetrics, names: Sequence[str] | None = None, prefix: str = ""
-) -> dict[str, float]:
+def summarise(metrics: ClientMetrics, names: Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
     """The summary that :func:`per_client` describes."""
     unknown = set(names or ()) - set(metrics.values)
     if unknown:
-        raise ValueError(
-            f"the model has no metric {sorted(unknown)}; it has {sorted(metrics.values)}"
-        )
+        raise ValueError(f"the model has no metric {sorted(unknown)}; it has {sorted(metrics.values)}")
     overall, out = pooled(metrics), {}
     for name in names or metrics.values:
         values = np.sort(metrics.values[name][metrics.examples > 0].astype(np.float64))

@@ -33,9 +33,7 @@ def gradient_oracle(loss: Callable) -> Oracle:
         return masked_mean(losses, mask), model_state
 
     def oracle(params, inputs, key):
-        (value, model_state), grads = jax.value_and_grad(mean_loss, has_aux=True)(
-            params, inputs, key
-        )
+        (value, model_state), grads = jax.value_and_grad(mean_loss, has_aux=True)(params, inputs, key)
         return grads, (value, model_state)
 
     return oracle
@@ -50,9 +48,7 @@ def _in_pieces(oracle: Oracle, client: ClientData) -> Oracle:
     def whole(params, inputs, key):
         def add(carry, batch, mask, positions, key):
             grads, loss, model_state, t = carry
-            g, (value, model_state) = oracle(
-                params, (model_state, batch, mask), jax.random.fold_in(piece_key, t)
-            )
+            g, (value, model_state) = oracle(params, (model_state, batch, mask), jax.random.fold_in(piece_key, t))
             share = jnp.sum(mask) / jnp.maximum(client.size, 1)
             grads = jax.tree.map(lambda a, b: a + share.astype(b.dtype) * b, grads, g)
             return grads, loss + share * value, model_state, t + 1
@@ -93,9 +89,7 @@ def local_training(
     """
     if epochs is not None and steps is not None:
         raise ValueError("give epochs= or steps=, not both")
-    work, unit = (
-        (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
-    )
+    work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
     checks.positive(work, unit, integer=True)
     if batch_size is not None:
         checks.positive(batch_size, "batch_size", integer=True, unit=" (or None for full batches)")
@@ -108,9 +102,7 @@ def local_training(
         tilt: Tilt = identity,
         opt_state: PyTree = None,
     ) -> Trained:
-        rule = optax.with_extra_args_support(
-            optimizer(client.env.round) if callable(optimizer) else optimizer
-        )
+        rule = optax.with_extra_args_support(optimizer(client.env.round) if callable(optimizer) else optimizer)
         amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work
         pieces = batch_size is None and client.max_size > client.tile
         objective = tilt(_in_pieces(oracle, client) if pieces else oracle)
@@ -131,15 +123,11 @@ def local_training(
             carry = _full_batch_loop(step, carry, client, trips, amount, key, static, pieces)
             made = trips
         else:
-            carry = client.fold(
-                step, carry, batch_size=batch_size, key=key, static=static, **{unit: amount}
-            )
+            carry = client.fold(step, carry, batch_size=batch_size, key=key, static=static, **{unit: amount})
             batches = -(-client.size // batch_size)
             made = amount * batches if unit == "epochs" else jnp.where(client.size > 0, amount, 0)
         variables, opt_state, loss, seen = carry
-        return Trained(
-            start, variables, jnp.asarray(made, jnp.int32), loss / jnp.maximum(seen, 1), opt_state
-        )
+        return Trained(start, variables, jnp.asarray(made, jnp.int32), loss / jnp.maximum(seen, 1), opt_state)
 
     return local
 
@@ -161,18 +149,14 @@ def _full_batch_loop(step, carry, client, trips, amount, key, static, pieces):
     return jax.lax.scan(masked, carry, jnp.arange(amount))[0]
 
 
-def mean_over_client(
-    function: Callable[[PyTree, jax.Array], dict[str, jax.Array]], client: ClientData
-) -> dict:
+def mean_over_client(function: Callable[[PyTree, jax.Array], dict[str, jax.Array]], client: ClientData) -> dict:
     """Means over a client's examples of ``function(batch, mask) -> {name: float[batch]}``; 0 if empty."""
     shapes = jax.eval_shape(lambda: function(*_first(client)))
     zeros = {name: jnp.zeros((), jnp.float32) for name in shapes}
 
     def add(sums, batch, mask, positions, key):
         values = function(batch, mask)
-        return {
-            n: sums[n] + jnp.sum(jnp.where(mask, values[n].astype(jnp.float32), 0)) for n in sums
-        }
+        return {n: sums[n] + jnp.sum(jnp.where(mask, values[n].astype(jnp.float32), 0)) for n in sums}
 
     sums = client.fold(add, zeros)
     return {name: value / jnp.maximum(client.size, 1) for name, value in sums.items()}
@@ -183,9 +167,7 @@ def _first(client: ClientData):
     return client.take(positions), positions < client.size
 
 
-def mean_loss(
-    loss: Callable, variables: Variables, client: ClientData, key: jax.Array
-) -> jax.Array:
+def mean_loss(loss: Callable, variables: Variables, client: ClientData, key: jax.Array) -> jax.Array:
     """A client's mean loss with dropout off, ``float32[]``; 0 for an empty client."""
 
     def losses(batch, mask):
@@ -227,9 +209,7 @@ def partial_work(epochs: int, fraction: Any) -> Work:
     """
     checks.positive(epochs, "epochs", integer=True)
     if epochs < 2:
-        raise ValueError(
-            "partial_work needs at least 2 epochs: a straggler runs 1 to epochs - 1 of them"
-        )
+        raise ValueError("partial_work needs at least 2 epochs: a straggler runs 1 to epochs - 1 of them")
     checks.probability(fraction, "fraction")
 
     def work(client: ClientData, key: jax.Array) -> jax.Array:

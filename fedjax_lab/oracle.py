@@ -29,18 +29,14 @@ class PlainClient(NamedTuple):
     env: Any
     max_size: int
     tile: int
-    order: tuple[int, ...] | None = (
-        None  # of a split's part: which of the arrays' rows, in which order
-    )
+    order: tuple[int, ...] | None = None  # of a split's part: which of the arrays' rows, in which order
 
     def take(self, positions) -> PyTree:
         rows = np.clip(np.asarray(positions), 0, max(self.size - 1, 0))
         if self.order is not None:
             rows = np.asarray(self.order)[rows] if self.size else rows * 0
         if self.size == 0:  # masked anyway
-            return jax.tree.map(
-                lambda a: jnp.zeros((len(rows), *a.shape[1:]), a.dtype), self.arrays
-            )
+            return jax.tree.map(lambda a: jnp.zeros((len(rows), *a.shape[1:]), a.dtype), self.arrays)
         return jax.tree.map(lambda a: jnp.asarray(a[rows]), self.arrays)
 
     def full(self):
@@ -50,9 +46,7 @@ class PlainClient(NamedTuple):
         if self.order is not None:
             return list(self.order)
         seed = shuffle.derive(jnp.uint32(0x5EED), self.id)
-        return np.asarray(shuffle.permute(jnp.arange(max(self.size, 1)), self.size, seed))[
-            : self.size
-        ].tolist()
+        return np.asarray(shuffle.permute(jnp.arange(max(self.size, 1)), self.size, seed))[: self.size].tolist()
 
     def split(self, fraction: float):
         count = int(np.floor(np.float32(fraction) * np.float32(self.size) + 0.5))
@@ -82,9 +76,7 @@ class PlainClient(NamedTuple):
                 seed = shuffle.derive(shuffle.seed_of(key), t // batches)
                 positions = shuffle.permute(positions, self.size, seed)
             step_key = None if key is None else jax.random.fold_in(key, t)
-            carry = step(
-                carry, self.take(positions), jnp.ones(len(positions), bool), positions, step_key
-            )
+            carry = step(carry, self.take(positions), jnp.ones(len(positions), bool), positions, step_key)
         return carry
 
 
@@ -134,9 +126,7 @@ def oracle_run(
         server, record, ok = _one_round(round, server, clients, data, env, clients_key, serving)
         metrics.append(record)
         sampling = sampler.update(sampling, ids, jnp.asarray(ok), {})
-    return OracleResult(
-        server, clients, metrics, round.model.get(server).params if round.model else server
-    )
+    return OracleResult(server, clients, metrics, round.model.get(server).params if round.model else server)
 
 
 def _no_probe(ids):
@@ -145,9 +135,7 @@ def _no_probe(ids):
 
 def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key, serving):
     sums, kept, ok, uplink, total_weight, weighted = None, [], [], 0, 0.0, {}
-    for k, present in zip(
-        np.asarray(env.ids).tolist(), np.asarray(env.present).tolist(), strict=True
-    ):
+    for k, present in zip(np.asarray(env.ids).tolist(), np.asarray(env.present).tolist(), strict=True):
         counted = False
         if present:
             output, message = _turn(round, server, clients, data, env, clients_key, k)

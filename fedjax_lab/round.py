@@ -21,9 +21,7 @@ Upload = PyTree
 Aggregate = PyTree
 
 # (params, (model_state, batch, mask), key) -> (grads, (loss, model_state)); loss is a mean over the mask.
-Oracle = Callable[
-    [PyTree, tuple[PyTree, PyTree, jax.Array], jax.Array], tuple[PyTree, tuple[jax.Array, PyTree]]
-]
+Oracle = Callable[[PyTree, tuple[PyTree, PyTree, jax.Array], jax.Array], tuple[PyTree, tuple[jax.Array, PyTree]]]
 # A change of the local objective: prox terms, control variates, frozen leaves, MAML's objective.
 Tilt = Callable[[Oracle], Oracle]
 
@@ -107,9 +105,7 @@ class Lens(NamedTuple):
     set: Callable[[PyTree, Variables], PyTree]
 
 
-def through(
-    outer: Callable[[PyTree], PyTree], put: Callable[[PyTree, PyTree], PyTree], lens: Lens
-) -> Lens:
+def through(outer: Callable[[PyTree], PyTree], put: Callable[[PyTree, PyTree], PyTree], lens: Lens) -> Lens:
     """The lens into ``outer(whole)``, which ``put(whole, part)`` replaces; for transforms that nest states."""
     return Lens(
         get=lambda whole: lens.get(outer(whole)),
@@ -243,14 +239,9 @@ def nbytes(tree: PyTree) -> int:
     def size(leaf) -> int:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
-        bits = (
-            jnp.iinfo(leaf.dtype).bits
-            if jnp.issubdtype(leaf.dtype, jnp.integer)
-            else leaf.dtype.itemsize * 8
-        )
+        bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.dtype.itemsize * 8
         return -(-leaf.size * bits // 8)
 
     return sum(
-        size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf)
-        for leaf in jax.tree.leaves(tree)
+        size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf) for leaf in jax.tree.leaves(tree)
     )

@@ -36,9 +36,7 @@ def uniform(cohort_size: int) -> Sampler:
 
     def init(data):
         if cohort_size > data.num_clients:
-            raise ValueError(
-                f"cohort_size {cohort_size} is larger than the population of {data.num_clients} clients"
-            )
+            raise ValueError(f"cohort_size {cohort_size} is larger than the population of {data.num_clients} clients")
         return ()
 
     def sample(state, key, data, probe):
@@ -61,17 +59,13 @@ def fixed(ids: Sequence[int] | np.ndarray) -> Sampler:
     """The clients at these positions of the population, in every round. They must be distinct."""
     ids = np.asarray(ids)
     if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
-            f"fixed() needs a non-empty list of client positions (integers); got {ids!r}"
-        )
+        raise ValueError(f"fixed() needs a non-empty list of client positions (integers); got {ids!r}")
     checks.unique_ids(ids.tolist())
 
     def init(data):
         outside = ids[(ids < 0) | (ids >= data.num_clients)]
         if outside.size:
-            raise ValueError(
-                f"client position {outside[0]} is outside the population 0..{data.num_clients - 1}"
-            )
+            raise ValueError(f"client position {outside[0]} is outside the population 0..{data.num_clients - 1}")
         return ()
 
     def sample(state, key, data, probe):
@@ -96,13 +90,9 @@ def weighted(cohort_size: int, weights: Any = None) -> Sampler:
     def init(data):
         w = np.asarray(data.sizes if weights is None else weights)
         if w.shape != (data.num_clients,) or not (w >= 0).all():
-            raise ValueError(
-                f"weights must be {data.num_clients} non-negative numbers; got shape {w.shape}"
-            )
+            raise ValueError(f"weights must be {data.num_clients} non-negative numbers; got shape {w.shape}")
         if cohort_size > (w > 0).sum():
-            raise ValueError(
-                f"cohort_size {cohort_size} exceeds the {(w > 0).sum()} clients of positive weight"
-            )
+            raise ValueError(f"cohort_size {cohort_size} exceeds the {(w > 0).sum()} clients of positive weight")
         return ()
 
     def sample(state, key, data, probe):
@@ -118,9 +108,7 @@ def dropout(sampler: Sampler, rate: float) -> Sampler:
 
     def sample(state, key, data, probe):
         ids, present, state = sampler.sample(state, key, data, probe)
-        stays = jax.vmap(
-            lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 7), i))
-        )(ids)
+        stays = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, 7), i)))(ids)
         return ids, present & (stays >= rate), state
 
     return sampler._replace(sample=sample)

@@ -43,9 +43,7 @@ class SimulationState(NamedTuple):
     key: jax.Array
 
 
-def synchronous(
-    round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None
-) -> Process:
+def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None) -> Process:
     """Run a Round over a population, a cohort at a time.
 
     Args:
@@ -66,9 +64,7 @@ def synchronous(
     """
     sampler = everyone() if sampler is None else sampler
     sampler.init(data)
-    jax.eval_shape(
-        lambda key: round.init(key, data), jax.random.key(0)
-    )  # checks the data, computes nothing
+    jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
     data = data.on_device()
     if lanes is not None:
         checks.positive(lanes, "lanes", integer=True)
@@ -170,9 +166,7 @@ def same_types(new: PyTree, old: PyTree) -> PyTree:
     """``new`` without weak types where ``old`` has none; shapes and dtypes are checked when built."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         return new
-    return jax.tree.map(
-        lambda n, o: jax.lax.convert_element_type(n, jnp.asarray(n).dtype), new, old
-    )
+    return jax.tree.map(lambda n, o: jax.lax.convert_element_type(n, jnp.asarray(n).dtype), new, old)
 
 
 def _check_stable(new: PyTree, old: PyTree) -> None:
