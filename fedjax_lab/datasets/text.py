@@ -17,9 +17,7 @@ FIRST = 3  # the number of a vocabulary's first symbol
 
 # The 86 characters of the Shakespeare task, in the order that TFF's tutorial and FedJAX number
 # them, so that their trained models can be used here.
-_CHARACTERS = (
-    "dhlptx@DHLPTX $(,048cgkoswCGKOSW[_#'/37;?bfjnrvzBFJNRVZ\"&*.26:\naeimquyAEIMQUY]!%)-159\r"
-)
+_CHARACTERS = "dhlptx@DHLPTX $(,048cgkoswCGKOSW[_#'/37;?bfjnrvzBFJNRVZ\"&*.26:\naeimquyAEIMQUY]!%)-159\r"
 
 
 class Vocabulary(NamedTuple):
@@ -74,9 +72,7 @@ def word_vocabulary(words: Sequence[str], size: int = 10_000) -> Vocabulary:
     return vocabulary(words[:size])
 
 
-def encode_characters(
-    text: str | bytes | Iterable[str | bytes], length: int = 80
-) -> dict[str, np.ndarray]:
+def encode_characters(text: str | bytes | Iterable[str | bytes], length: int = 80) -> dict[str, np.ndarray]:
     """Sequences for next-character prediction, without losing a character between them.
 
     Each text gets a begin and an end; all are joined, one after the other, and cut every ``length``
@@ -106,9 +102,7 @@ def encode_characters(
     return {"x": x.reshape(rows, length), "y": y.reshape(rows, length)}
 
 
-def encode_words(
-    sentences: Sequence[str | bytes], words: Vocabulary, length: int = 20
-) -> dict[str, np.ndarray]:
+def encode_words(sentences: Sequence[str | bytes], words: Vocabulary, length: int = 20) -> dict[str, np.ndarray]:
     """One next-word sequence a sentence: its first ``length`` words, or all of them and an end.
 
     Args:
@@ -118,7 +112,8 @@ def encode_words(
 
     Returns:
       ``{"x": int32[sentences, length], "y": int32[sentences, length]}``: ``x`` begins with bos,
-      ``y`` is one word ahead. Source: Reddi et al. 2021, "Adaptive Federated Optimization", appendix C.
+      ``y`` is one word ahead. Source: Reddi et al. 2021, "Adaptive Federated Optimization",
+      appendix C.
     """
     checks.positive(length, "the length of a sequence", integer=True)
     x, y = np.zeros((2, len(sentences), length), np.int32)
@@ -145,9 +140,7 @@ def bag_of_words(sentences: Sequence[str | bytes], words: Sequence[str]) -> np.n
     return out
 
 
-def multi_hot(
-    labels: Sequence[str | bytes], known: Sequence[str], separator: str = "|"
-) -> np.ndarray:
+def multi_hot(labels: Sequence[str | bytes], known: Sequence[str], separator: str = "|") -> np.ndarray:
     """Which of the known labels each row has: ``float32[rows, known]`` of zeros and ones."""
     index = {name: i for i, name in enumerate(known)}
     out = np.zeros((len(labels), len(known)), np.float32)
