@@ -43,6 +43,8 @@ from fedjax_lab.round import (
     proximal,
     shift,
 )
+from fedjax_lab.result import Result
+from fedjax_lab.run import Interrupted, run
 from fedjax_lab.sampling import (
     Sampler,
     drop_stragglers,

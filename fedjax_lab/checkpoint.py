@@ -135,29 +135,27 @@ def restore_newest(
     return None
 
 
-def restore(
-    path: Path, template: PyTree, check: Callable[[dict], None] = lambda extra: None
-) -> Restored:
+def restore(path: Path, template: PyTree, check: Callable[[dict], None] = lambda extra: None) -> Restored:
     """Read one checkpoint.
 
     Args:
       path: its folder.
       template: a state of the expected structure, shapes, types and device placement.
-      check: called with what was saved beside the state, before any array is read; may raise
-        ValueError.
+      check: called with what was saved beside the state, before the states are compared; may
+        raise ValueError.
 
     Raises:
       Damaged: it is not what was written.
       ValueError: it belongs to other code, and the message names the first leaf that differs.
     """
     record = read_record(path)
+    check(record["extra"])
     difference = first_difference(record["leaves"], described(template))
     if difference is not None:
         raise ValueError(
             f"checkpoint {path} is from other code: {difference}. The algorithm, the model or the "
             "library is another one: go back to it, or use another folder (out=...)"
         )
-    check(record["extra"])
     leaves = _read_leaves(path, record["leaves"])
     if digest(leaves) != record["digest"]:
         raise Damaged("its arrays differ from those saved")
@@ -207,10 +205,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _read_leaves(path: Path, descriptions: list[dict]) -> list[Leaf]:
-    empty = [
-        Leaf(e["name"], np.empty(e["shape"], jnp.dtype(e["dtype"])), e["impl"])
-        for e in descriptions
-    ]
+    empty = [Leaf(e["name"], np.empty(e["shape"], jnp.dtype(e["dtype"])), e["impl"]) for e in descriptions]
     stored: Any = {}
     if any(leaf.value.size for leaf in empty):
         try:

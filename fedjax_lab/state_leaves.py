@@ -43,9 +43,7 @@ def described(state: PyTree) -> list[dict[str, Any]]:
         impl = _impl(leaf)
         shape = leaf if impl is None else jax.eval_shape(jax.random.key_data, leaf)
         dtype = np.dtype(shape.dtype).name
-        descriptions.append(
-            {"name": name, "shape": list(shape.shape), "dtype": dtype, "impl": impl}
-        )
+        descriptions.append({"name": name, "shape": list(shape.shape), "dtype": dtype, "impl": impl})
     return descriptions
 
 
