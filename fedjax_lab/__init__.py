@@ -1,6 +1,6 @@
 """fedjax_lab: federated learning and analytics as pure functions in JAX."""
 
-from fedjax_lab import aggregators, checks, datasets, models, transforms
+from fedjax_lab import aggregators, callbacks, checks, datasets, models, plots, transforms
 from fedjax_lab.client import ClientData
 from fedjax_lab.cohort import ClientStates, total_bytes
 from fedjax_lab.data import FederatedData, Split
@@ -26,6 +26,7 @@ from fedjax_lab.local import (
 from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
 from fedjax_lab.oracle import oracle_run
 from fedjax_lab.process import Process
+from fedjax_lab.result import Result
 from fedjax_lab.round import (
     Aggregator,
     ClientOutput,
@@ -43,7 +44,6 @@ from fedjax_lab.round import (
     proximal,
     shift,
 )
-from fedjax_lab.result import Result
 from fedjax_lab.run import Interrupted, run
 from fedjax_lab.sampling import (
     Sampler,
