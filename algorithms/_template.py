@@ -15,9 +15,7 @@ import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 
 
-def template(
-    model: fl.Model, client_optimizer: fl.ClientOptimizer, *, max_norm: Any, **local_work: Any
-) -> fl.Round:
+def template(model: fl.Model, client_optimizer: fl.ClientOptimizer, *, max_norm: Any, **local_work: Any) -> fl.Round:
     """FedAvg with clipped local gradients.
 
     Args:

@@ -24,9 +24,7 @@ def squared_distance(dim: int) -> fl.Model:
 
 
 def points(*rows) -> fl.FederatedData:
-    return fl.FederatedData.from_clients(
-        {k: {"x": np.array([row], np.float32)} for k, row in enumerate(rows)}
-    )
+    return fl.FederatedData.from_clients({k: {"x": np.array([row], np.float32)} for k, row in enumerate(rows)})
 
 
 def after(algorithm: fl.Round, data: fl.FederatedData, rounds: int = 1):

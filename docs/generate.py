@@ -1,0 +1,108 @@
+"""Rewrite the tables of README.md that list what is in the project: ``make docs``.
+
+They stand between ``<!-- generated: NAME -->`` and ``<!-- end -->`` and are made of the first lines of
+docstrings, so that a thing is described in one place. With ``--check`` nothing is written, and the
+exit status says whether they are up to date.
+"""
+
+import ast
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from types import ModuleType
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def first_line(docstring: str | None, of: str) -> str:
+    """The first line of a docstring, fit for a table. Raises ValueError if there is none."""
+    if not docstring:
+        raise ValueError(f"{of} has no docstring to describe it in the README")
+    return docstring.strip().splitlines()[0].rstrip(".").replace("``", "`").replace("|", "\\|")
+
+
+def table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
+    """A Markdown table of two columns."""
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {a} | {b} |" for a, b in rows]) + "\n"
+
+
+def functions(module: ModuleType, prefix: str, keep: Callable[[Callable], bool] = lambda f: True) -> str:
+    """A table of a module's public functions."""
+    names = getattr(module, "__all__", None) or [n for n in dir(module) if not n.startswith("_")]
+    found = [(n, getattr(module, n)) for n in sorted(names)]
+    rows = [
+        (f"`{prefix}.{name}`", first_line(inspect.getdoc(f), f"{prefix}.{name}"))
+        for name, f in found
+        if inspect.isfunction(f) and keep(f)
+    ]
+    return table(("Name", "What it is"), rows)
+
+
+def algorithms() -> str:
+    """Every file of ``algorithms/`` that defines a function of its own name."""
+    rows = []
+    for file in sorted((ROOT / "algorithms").glob("[!_]*.py")):
+        tree = ast.parse(file.read_text())
+        builders = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == file.stem]
+        if builders:
+            line = first_line(ast.get_docstring(builders[0]), f"algorithms.{file.stem}")
+            rows.append((f"[`{file.stem}`](algorithms/{file.name})", line))
+    return table(("Algorithm", "What it does"), rows)
+
+
+def datasets() -> str:
+    from fedjax_lab import datasets
+
+    return functions(datasets, "fl.datasets")
+
+
+def models() -> str:
+    from fedjax_lab import models
+
+    returns = lambda f: inspect.signature(f).return_annotation
+    return functions(models, "fl.models", keep=lambda f: returns(f) in (models.Model, "Model"))
+
+
+def transforms() -> str:
+    from fedjax_lab import transforms
+
+    returns = lambda f: inspect.signature(f).return_annotation
+    keep = lambda f: "Transform" in str(returns(f)) or "Round" in str(returns(f))
+    return functions(transforms, "fl.transforms", keep=keep)
+
+
+BLOCKS = {
+    "algorithms": algorithms,
+    "datasets": datasets,
+    "models": models,
+    "transforms": transforms,
+}
+
+
+def regenerated(text: str) -> str:
+    """The text with every generated block made anew. Raises KeyError for an unknown block."""
+    return BLOCK.sub(lambda m: m[1] + "\n" + BLOCKS[m[2]]() + "\n" + m[3], text)
+
+
+def main(arguments: list[str]) -> int:
+    sys.path.insert(0, str(ROOT))
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    new = regenerated(old)
+    if new == old:
+        print("README.md is up to date")
+        return 0
+    if "--check" in arguments:
+        print("README.md lists something else than what exists; run: make docs", file=sys.stderr)
+        return 1
+    readme.write_text(new)
+    print("README.md rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
