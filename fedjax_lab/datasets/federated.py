@@ -64,8 +64,8 @@ def emnist_federated(
 
     Args:
       only_digits: 10 classes instead of 62 (digits, capitals, small letters).
-      data_dir: a folder that holds the files, or its parent; by default FEDJAX_LAB_DATA, then
-        ``~/.cache/fedjax_lab``. What is missing is downloaded: 170 MB for TFF's file, which takes
+      data_dir: a folder that holds the files, or its parent; by default the one that FEDJAX_LAB_DATA
+        names. ``~/.cache/fedjax_lab`` comes last. What is missing is downloaded: 170 MB for TFF's file, which takes
         4.7 GB on the disk.
       clients: which clients: a number (the first ones by id), a list of ids, a function of all ids
         (:func:`~fedjax_lab.datasets.collecting.random_clients`), or None for all, which takes 2.4

@@ -88,9 +88,10 @@ def locate(published: Published, data_dir: str | os.PathLike | None, source: str
         sources[0],
     )
     try:
-        return {split: obtain(f, folders) for split, f in published.files[wanted].items()}
+        paths = {f: obtain(f, folders) for f in dict.fromkeys(published.files[wanted].values())}
     except ConnectionError as error:
         raise FileNotFoundError(_ways(published, sources, folders, error)) from error
+    return {split: paths[file] for split, file in published.files[wanted].items()}
 
 
 def obtain(file: str, folders: Sequence[pathlib.Path], packing: str = ".lzma") -> pathlib.Path:
@@ -115,9 +116,12 @@ def obtain(file: str, folders: Sequence[pathlib.Path], packing: str = ".lzma") -
         if digest is None and path.suffix == ".sqlite":
             _check(path)
         return path
-    target = stored_files.writable([path.parent, *stored_files.data_folders(None, path.parent.name)])
+    target = stored_files.writable([path.parent, *folders]) / file
+    if target.is_file() and target.stat().st_mtime >= path.stat().st_mtime:
+        stored_files.verify(target)  # unpacked elsewhere before, because this folder is read-only
+        return target
     known = digest or DIGESTS.get(path.name)
-    out = download.decompress(path, target / file, sha256=known, check=_check)
+    out = download.decompress(path, target, sha256=known, check=_check)
     if downloaded:  # its content is kept twice otherwise; a user's own file stays
         path.unlink()
         stored_files.record_of(path).unlink(missing_ok=True)

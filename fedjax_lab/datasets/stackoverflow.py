@@ -59,8 +59,8 @@ def stackoverflow_federated(
       clients: a number (the first ones by id, of each split), a list of ids, a function of all ids
         (:func:`~fedjax_lab.datasets.collecting.random_clients`), None for all, or a mapping of
         split to one of these: ``{"train": random_clients(1000), "heldout": 100, "test": 100}``.
-      data_dir: a folder that holds the files, or its parent; by default FEDJAX_LAB_DATA, then
-        ``~/.cache/fedjax_lab``. What is missing is downloaded: several gigabytes.
+      data_dir: a folder that holds the files, or its parent; by default the one that FEDJAX_LAB_DATA
+        names. ``~/.cache/fedjax_lab`` comes last. What is missing is downloaded: several gigabytes.
       source: ``"tff"`` or ``"fedjax"``; by default whichever a folder holds, else TFF's.
       words: the vocabulary: a number (the most frequent ones of the published list,
         ``stackoverflow.word_count``), or the words themselves.

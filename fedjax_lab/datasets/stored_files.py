@@ -20,14 +20,11 @@ def data_folders(data_dir: str | os.PathLike | None, name: str) -> list[pathlib.
     The roots are ``data_dir`` if given, else the environment's FEDJAX_LAB_DATA, if set, and then
     ``~/.cache/fedjax_lab``. In each, the folder ``name`` is looked at before the root itself.
     """
-    if data_dir is not None:
-        roots = [pathlib.Path(data_dir).expanduser()]
-        if roots[0].is_file():
-            raise ValueError(f"data_dir must be a folder; {roots[0]} is a file")
-    else:
-        set_by_user = os.environ.get("FEDJAX_LAB_DATA")
-        roots = [pathlib.Path(set_by_user).expanduser()] if set_by_user else []
-        roots.append(pathlib.Path.home() / ".cache" / "fedjax_lab")
+    chosen = data_dir if data_dir is not None else os.environ.get("FEDJAX_LAB_DATA")
+    roots = [pathlib.Path(chosen).expanduser()] if chosen else []
+    if roots and roots[0].is_file():
+        raise ValueError(f"data_dir and FEDJAX_LAB_DATA name folders; {roots[0]} is a file")
+    roots.append(pathlib.Path.home() / ".cache" / "fedjax_lab")
     return [folder for root in roots for folder in (root / name, root)]
 
 
@@ -43,7 +40,9 @@ def writable(folders: list[pathlib.Path]) -> pathlib.Path:
 @contextlib.contextmanager
 def replacing(target: pathlib.Path) -> Iterator[Any]:
     """A temporary file that becomes ``target`` if the block succeeds, and disappears otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent
+    made = [f for f in (folder, *folder.parents) if not f.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     with tempfile.NamedTemporaryFile(
         prefix=f".{target.name}.", suffix=".part", dir=target.parent, delete=False
@@ -54,8 +53,12 @@ def replacing(target: pathlib.Path) -> Iterator[Any]:
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)
             os.replace(file.name, target)
-        finally:
+        except BaseException:
             pathlib.Path(file.name).unlink(missing_ok=True)
+            for empty in made:
+                with contextlib.suppress(OSError):  # another process may use it already
+                    empty.rmdir()
+            raise
 
 
 def _remove_leftovers(target: pathlib.Path) -> None:

@@ -113,7 +113,7 @@ def test_what_fails_is_named_and_leaves_nothing(server, tmp_path, address, answe
         unused.bind(("127.0.0.1", 0))
         url = address.format(url=server.url, closed=unused.getsockname()[1])
         with pytest.raises((ConnectionError, ValueError), match=message) as caught:
-            download.fetch(url, tmp_path / "file.bin", sha256=DIGEST)
+            download.fetch(url, tmp_path / "new" / "file.bin", sha256=DIGEST)
     assert url in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -287,4 +287,22 @@ def test_another_file_than_the_published_one_is_refused(emnist_on_server, tmp_pa
     server.answer = lambda handler: whole(handler, packed[:-9] + bytes(9))
     with pytest.raises(ValueError, match=r"published for emnist_all.sqlite.lzma"):
         federated.emnist_federated(data_dir=tmp_path / "data")
-    assert list((tmp_path / "data").rglob("*.*")) == []
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_packed_file_in_a_folder_that_can_not_be_written_is_unpacked_into_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    made = files.write_tff(tmp_path / "made.sqlite", dict.fromkeys(("all_train", "all_test"), files.emnist()))
+    files.write_lzma(folder / "emnist_all.sqlite.lzma", made)
+    can_write = os.access
+    monkeypatch.setattr("os.access", lambda p, mode: "mounted" not in str(p) and can_write(p, mode))
+    stored = tmp_path / "home" / ".cache" / "fedjax_lab" / "emnist" / "emnist_all.sqlite"
+    stamps = []
+    for _ in range(2):
+        assert federated.emnist_federated(data_dir=folder).train.num_examples == 6
+        stamps.append(stored.stat().st_mtime_ns)
+    assert stamps[0] == stamps[1]  # unpacked once
+    assert [p.name for p in folder.iterdir()] == ["emnist_all.sqlite.lzma"]
+    assert stored_files.verify(stored, full=True)

@@ -431,7 +431,7 @@ def test_a_set_that_is_only_half_there_asks_for_the_other_half(tmp_path):
 def test_a_file_as_data_dir_is_refused(tmp_path):
     path = tmp_path / "emnist_all.sqlite"
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="data_dir must be a folder"):
+    with pytest.raises(ValueError, match=r"emnist_all.sqlite is a file"):
         emnist_federated(data_dir=path)
 
 
