@@ -1,0 +1,275 @@
+"""What the adapters find out about a module, and what they refuse."""
+
+import functools
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from fedjax_lab import models
+
+KEY = jax.random.key(0)
+BATCH = {"x": jnp.ones((3, 2)), "y": jnp.zeros(3, jnp.int32)}
+MASK = jnp.array([True, True, False])
+NO_MASK = jnp.zeros(3, bool)
+# The module's first output as the loss: a look at what reached it.
+LOOK = {"loss": lambda outputs, batch: outputs[:, 0], "metrics": {}}
+
+
+def taking(*names, base):
+    """A module whose output is the argument ``names[0]``, and whose signature has all of them."""
+
+    def call(self, x, **given):
+        assert set(given) == set(names)
+        return jnp.broadcast_to(jnp.asarray(given[names[0]], jnp.float32), x.shape[:1])[:, None]
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(n, kind, default=None) for n in ("self", "x", *names)]
+    call.__signature__ = inspect.Signature(parameters)
+    return type("Taking", (base,), {"__call__": call})
+
+
+linen_taking = lambda *names, **options: models.from_flax(taking(*names, base=nn.Module)(), (1, 2), **LOOK, **options)
+nnx_taking = lambda *names, **options: models.from_nnx(
+    lambda rngs: taking(*names, base=nnx.Module)(), **LOOK, **options
+)
+both = pytest.mark.parametrize("adapted", [linen_taking, nnx_taking])
+
+
+def seen(model, train, mask=MASK):
+    return model.loss({}, (), BATCH, mask, KEY, train)[0]
+
+
+@both
+@pytest.mark.parametrize(
+    ("name", "training", "evaluating"),
+    [("train", 1, 0), ("training", 1, 0), ("is_training", 1, 0), ("deterministic", 0, 1),
+     ("use_running_average", 0, 1)],
+)  # fmt: skip
+def test_the_modes_argument_is_found(adapted, name, training, evaluating):
+    model = adapted(name)
+    np.testing.assert_array_equal(seen(model, True), [training] * 3)
+    np.testing.assert_array_equal(seen(model, False), [evaluating] * 3)
+    np.testing.assert_array_equal(model.metrics({}, (), BATCH)["loss"], [evaluating] * 3)
+
+
+@both
+def test_several_modes_and_the_mask_are_given_together(adapted):
+    model = adapted("mask", "train", "deterministic")
+    np.testing.assert_array_equal(seen(model, True), [1, 1, 0])
+    np.testing.assert_array_equal(seen(model, True, NO_MASK), [1, 1, 1])  # see _some_real
+    np.testing.assert_array_equal(seen(model, False, None), [1, 1, 1])
+
+
+@both
+def test_arguments_of_other_names(adapted):
+    np.testing.assert_array_equal(seen(adapted("learn", train_argument="learn"), True), [1] * 3)
+    np.testing.assert_array_equal(seen(adapted("real", mask_argument="real"), True), [1, 1, 0])
+    with pytest.raises(ValueError, match="no argument 'trian'; did you mean 'train'"):
+        adapted("train", train_argument="trian")
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(x)
+
+
+def test_linen_initialises_from_an_array_a_shape_or_the_data():
+    array = models.from_flax(Linear(), BATCH["x"], **LOOK).init(KEY)
+    assert array[1] == ()
+    for given in ((1, 2), jax.ShapeDtypeStruct((7, 2), jnp.float32)):
+        again = models.from_flax(Linear(), given, **LOOK).init(KEY)
+        jax.tree.map(np.testing.assert_array_equal, again, array)
+    from_data = models.from_flax(Linear(), **LOOK).init_from(KEY, BATCH)
+    jax.tree.map(np.testing.assert_array_equal, from_data, array)
+
+
+def test_linen_refuses_a_missing_or_other_shape():
+    with pytest.raises(ValueError, match=r"call init_from.*sample_input"):
+        models.from_flax(Linear(), **LOOK).init(KEY)
+    with pytest.raises(ValueError, match=r"inputs of shape \(5,\), but the data's have \(2,\)"):
+        models.from_flax(Linear(), (1, 5), **LOOK).init_from(KEY, BATCH)
+    with pytest.raises(ValueError, match="sample_input must be an array"):
+        models.from_flax(Linear(), "image", **LOOK)
+
+
+def test_bytes_are_image_intensities():
+    batch = {"x": jnp.array([[0], [51], [255]], jnp.uint8), "y": BATCH["y"]}
+    model = models.from_functions(lambda key: (), lambda params, x: x, **LOOK)
+    np.testing.assert_allclose(model.metrics((), (), batch)["loss"], [0, 0.2, 1], rtol=1e-6)
+
+    class Same(nn.Module):
+        def __call__(self, x):
+            return x
+
+    np.testing.assert_allclose(models.from_flax(Same(), **LOOK).metrics({}, (), batch)["loss"], [0, 0.2, 1], rtol=1e-6)
+
+
+def test_several_inputs():
+    class Product(nn.Module):
+        @nn.compact
+        def __call__(self, a, b):
+            return self.param("w", nn.initializers.ones, (1, 1)) * a * b
+
+    options = {**LOOK, "inputs": lambda batch: (batch["a"], batch["b"])}
+    batch = {"a": jnp.array([[2.0], [3]]), "b": jnp.array([[5.0], [7]])}
+    model = models.from_flax(Product(), [(1, 1), (1, 1)], **options)
+    params, state = model.init(KEY)
+    np.testing.assert_array_equal(model.metrics(params, state, batch)["loss"], [10, 21])
+
+
+def test_a_field_that_is_not_there_is_named():
+    model = models.from_flax(Linear(), **LOOK)
+    with pytest.raises(ValueError, match=r"field \"x\"; the data have the fields \['pixels'\]"):
+        model.init_from(KEY, {"pixels": jnp.ones((1, 2))})
+
+
+def test_a_loss_over_the_whole_batch_is_refused():
+    model = models.from_flax(Linear(), (1, 2), loss=lambda outputs, batch: outputs.mean())
+    params, state = model.init(KEY)
+    with pytest.raises(ValueError, match=r"loss must give one value .* \(3,\); got shape \(\)"):
+        model.loss(params, state, BATCH, MASK, KEY, True)
+    wrong = {"half": lambda outputs, batch: outputs}
+    model = models.from_flax(Linear(), (1, 2), loss=LOOK["loss"], metrics=wrong)
+    with pytest.raises(ValueError, match=r"half must give one value .* got shape \(3, 1\)"):
+        model.metrics(params, state, BATCH)
+
+
+def test_usual_metrics_and_chosen_ones():
+    model = models.from_flax(Linear(), (1, 2))
+    params, state = model.init(KEY)
+    assert set(model.metrics(params, state, BATCH)) == {"loss", "accuracy"}
+    one = models.from_flax(Linear(), (1, 2), metrics={"top": models.accuracy})
+    assert set(one.metrics(params, state, BATCH)) == {"loss", "top"}
+
+
+def test_sown_values_are_refused_as_state():
+    class Sower(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("penalties", "size", x.sum())
+            return nn.Dense(1)(x)
+
+    model = models.from_flax(Sower(), (1, 2), **LOOK)
+    params, state = model.init(KEY)
+    with pytest.raises(ValueError, match=r"collections \['penalties'\] change their structure"):
+        model.loss(params, state, BATCH, MASK, KEY, True)
+
+
+def test_linen_streams_of_other_names_are_fed():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jax.random.normal(self.make_rng("noise"), x.shape)
+
+    model = models.from_flax(Noisy(), (1, 2), rngs=("noise",), **LOOK)
+    draw = lambda key: model.loss({}, (), BATCH, MASK, key, True)[0]
+    np.testing.assert_array_equal(draw(KEY), draw(KEY))
+    assert np.all(draw(KEY) != draw(jax.random.key(1)))
+    # Evaluation has no key of its own and repeats.
+    np.testing.assert_array_equal(*(model.metrics({}, (), BATCH)["loss"] for _ in range(2)))
+
+
+class Dropping(nnx.Module):
+    """Two dropouts of one, on two streams, so that the output shows both masks."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Dropout(0.5, rngs=rngs)
+        self.second = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.stack([self.first(x), self.second(x)], -1)
+
+
+def test_nnx_dropout_is_a_function_of_the_key():
+    model = models.from_nnx(Dropping, loss=lambda o, b: o.sum((1, 2)), metrics={})
+    params, state = model.init(KEY)
+    assert (params, state) == ({}, ())  # the random streams are not carried
+
+    def masks(key):
+        kept = {}
+        spying = models.from_nnx(Dropping, loss=lambda o, b: kept.setdefault("o", o)[:, 0, 0], metrics={})
+        spying.loss(params, state, {"x": jnp.ones((1, 64))}, jnp.ones(1, bool), key, True)
+        return np.asarray(kept["o"][0])
+
+    one = masks(KEY)
+    np.testing.assert_array_equal(one, masks(KEY))
+    assert set(np.unique(one)) == {0, 2}
+    assert np.any(one != masks(jax.random.key(1)))
+    assert np.any(one[:, 0] != one[:, 1])
+    with pytest.raises(ValueError, match="needs a key"):
+        model.loss(params, state, {"x": jnp.ones((1, 4))}, jnp.ones(1, bool), None, True)
+    old_style = jax.random.PRNGKey(0)
+    np.testing.assert_array_equal(masks(old_style), one)
+
+
+class Layered(nnx.Module):
+    def __init__(self, width, *, rngs):
+        self.layers = nnx.List([nnx.Linear(2, width, rngs=rngs), nnx.Linear(width, 1, rngs=rngs)])
+
+    def __call__(self, x, *, rngs=None):
+        assert rngs is not None
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_nnx_factories_and_built_modules_agree():
+    width = 4
+    built = Layered(width, rngs=nnx.Rngs(KEY))
+    ways = [
+        functools.partial(Layered, width),
+        lambda rngs: Layered(width, rngs=rngs),
+        lambda *, rngs: Layered(width, rngs=rngs),
+        built,
+    ]
+    expected = built(BATCH["x"], rngs=nnx.Rngs(0))[:, 0]
+    for way in ways:
+        model = models.from_nnx(way, **LOOK)
+        params, state = model.init(KEY)
+        assert set(params["layers"]) == {"0", "1"}
+        np.testing.assert_allclose(model.metrics(params, state, BATCH)["loss"], expected)
+    # The model holds a copy: what happens to the module later is its owner's business.
+    built.layers[1].bias[...] = jnp.full(1, 9.0)
+    np.testing.assert_array_equal(model.init(KEY)[0]["layers"]["1"]["bias"], [0])
+
+
+def test_nnx_trains_what_the_filter_says():
+    class Adapted(nnx.Module):
+        def __init__(self, rngs):
+            self.base = nnx.Linear(2, 1, rngs=rngs)
+            self.lora = nnx.LoRA(2, 1, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.base(x) + self.lora(x)
+
+    model = models.from_nnx(Adapted, trainable=nnx.LoRAParam, **LOOK)
+    params, state = model.init(KEY)
+    assert set(params) == {"lora"} and set(state) == {"base"}
+    _, new = model.loss(params, state, BATCH, MASK, KEY, True)
+    jax.tree.map(np.testing.assert_array_equal, new, state)
+
+
+@pytest.mark.parametrize("wrong", [3, lambda rngs: 3])
+def test_nnx_refuses_what_is_no_module(wrong):
+    with pytest.raises(ValueError, match="needs an NNX module or a factory of one"):
+        models.from_nnx(wrong)
+
+
+def test_plain_functions():
+    model = models.from_functions(
+        lambda key: jnp.array([1.0, -1]),
+        lambda w, x: (x @ w)[:, None] * jnp.array([[0.0, 1]]),
+        num_classes=2,
+    )
+    params, state = model.init(KEY)
+    assert state == () and model.num_classes == 2 and model.init_from is None
+    batch = {"x": jnp.array([[2.0, 0], [0, 2]]), "y": jnp.array([1, 1])}
+    losses, _ = model.loss(params, state, batch, jnp.ones(2, bool), None, True)
+    np.testing.assert_allclose(losses, np.log1p(np.exp([-2.0, 2])), rtol=1e-6)
+    np.testing.assert_array_equal(model.metrics(params, state, batch)["accuracy"], [1, 0])
