@@ -49,7 +49,13 @@ class ClientData:
         if self.shuffled:
             # One fixed order for each client, so that the parts of a split stay disjoint.
             inside = shuffle.permute(inside, self.rows, shuffle.derive(jnp.uint32(0x5EED), self.id))
-        return jax.tree.map(lambda a: jnp.asarray(a)[self.first_row + inside], self.arrays)
+        rows = self.first_row + inside
+
+        def gather(a):
+            # Only an empty client outside a population has no row at all to stand for the masked ones.
+            return jnp.asarray(a)[rows] if a.shape[0] else jnp.zeros((*rows.shape, *a.shape[1:]), a.dtype)
+
+        return jax.tree.map(gather, self.arrays)
 
     def full(self) -> tuple[PyTree, jax.Array]:
         """All examples as one padded batch: leaves ``[max_size, ...]`` and ``mask: bool[max_size]``.
