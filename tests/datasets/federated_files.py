@@ -156,3 +156,31 @@ def emnist(seed=0, sizes=(2, 1, 3), digits=False) -> dict[str, dict[str, np.ndar
             "label": label, "pixels": rng.random((n, 28, 28), np.float32).round(1)
         }  # fmt: skip
     return out
+
+
+def emnist_folder(folder, source):
+    """``(folder, train, test)``: one writer has no test examples, one has only test examples."""
+    train, test = emnist(1), emnist(2, sizes=(2, 1, 3, 2))
+    del test["f0001_01"]
+    if source == "tff":
+        digits = {f"digits_only_{s}": emnist(3, digits=True) for s in ("train", "test")}
+        write_tff(folder / "emnist_all.sqlite", {"all_train": train, "all_test": test} | digits)
+    else:
+        write_fedjax(folder / "federated_emnist_train.sqlite", train)
+        write_fedjax(folder / "federated_emnist_test.sqlite", test)
+        for split in ("train", "test"):
+            path = folder / f"federated_emnist_digitsonly_{split}.sqlite"
+            write_fedjax(path, emnist(3, digits=True))
+    return folder, train, test
+
+
+def cifar(seed, sizes):
+    rng = np.random.default_rng(seed)
+    return {
+        str(k): {
+            "coarse_label": rng.integers(0, 20, n),
+            "image": rng.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8),
+            "label": rng.integers(0, 100, n),
+        }
+        for k, n in enumerate(sizes)
+    }

@@ -14,7 +14,6 @@ import pytest
 
 from fedjax_lab.datasets import federated, stackoverflow, stored_files, text
 from tests.datasets import federated_files as files
-from tests.datasets.test_federated_named import cifar
 
 SPEECHES = {
     "HAMLET": ["To be, or not to be, that is the question: " * 5, "Words, words, words."],
@@ -104,7 +103,9 @@ FORMATS = {
     "tff_emnist": (tff_emnist, check_emnist, False),
     "tff_no_index": (lambda folder: tff_emnist(folder, index=False), check_emnist, False),
     "tff_cifar100": (
-        lambda folder: files.write_tff(folder / "cifar100.sqlite", {"train": cifar(0, (1, 2)), "test": cifar(1, (1,))}),
+        lambda folder: files.write_tff(
+            folder / "cifar100.sqlite", {"train": files.cifar(0, (1, 2)), "test": files.cifar(1, (1,))}
+        ),
         check_cifar,
         False,
     ),
