@@ -44,7 +44,7 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
       own: ``(position, env) -> ClientData`` of the client's training data, which personalisation uses.
       personal: evaluate the model that the client would use, rather than the one it was sent.
     """
-    if round.metrics is None or round.view is None:
+    if round.metrics is None or (round.view is None and not personal):
         raise ValueError("this Round has no model metrics to evaluate (Round.metrics and Round.view)")
 
     def client_update(message, state, client, key, tilt=identity):
@@ -158,7 +158,8 @@ def per_client(
 
     For each metric ``m``: ``m`` over all examples; over clients (those with examples) ``m_mean``,
     ``m_variance``, ``m_p10``, ``m_p50``, ``m_p90`` and ``m_worst10``, the mean of the worst tenth. When the
-    Round personalises (trait ``"personal"``), the same of each client's own model as ``personal_m...``.
+    Round personalises (trait ``"personal"``), the same of each client's own model as ``personal_m...``; if no
+    model is sent to the clients at all, these are the only ones.
 
     Args:
       test: examples to evaluate on.
@@ -169,8 +170,10 @@ def per_client(
     plain, own = client_metrics(test, support), client_metrics(test, support, personal=True)
 
     def evaluate(process, state):
-        out = summarise(plain(process, state), names, prefix)
-        if "personal" in process.round.traits:
+        personal, out = "personal" in process.round.traits, {}
+        if process.round.view is not None or not personal:  # local training shares no model
+            out = summarise(plain(process, state), names, prefix)
+        if personal:
             out |= summarise(own(process, state), names, f"{prefix}personal_")
         return out
 
