@@ -1,8 +1,9 @@
-"""Where the tests find real data, and strict numerics for all of them."""
+"""Where the tests find real data, strict numerics for all of them, and compiled programs kept between runs."""
 
 import os
 import pathlib
 
+import hypothesis
 import jax
 import pytest
 
@@ -11,6 +12,27 @@ if _SHARED.is_dir():
     os.environ.setdefault("FEDJAX_LAB_DATA", str(_SHARED))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The first example of a property test compiles, which no time limit for one example allows for.
+hypothesis.settings.register_profile("compiling", deadline=None)
+hypothesis.settings.load_profile("compiling")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs between runs, workers and the processes that tests start.
+
+    A second run of a test then takes about a third of the time. ``make clean`` or
+    ``pytest --cache-clear`` forgets them. A folder of the user's own choice is left in place.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or getattr(config, "cache", None) is None:
+        return
+    settings = {
+        "jax_compilation_cache_dir": str(config.cache.mkdir("jax_programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture
