@@ -86,10 +86,11 @@ def from_flax(
         call = dict(modes(train, mask, functional.batch_size(x)))
         call["rngs"] = None if key is None else streams(key)
         variables = {"params": params, **(model_state or {})}
-        if not train or not model_state:
+        if not model_state:
             return module.apply(variables, *x, **call), model_state
+        # Mutable in evaluation too, for modules that write there; what they write is then dropped.
         outputs, state = module.apply(variables, *x, mutable=list(model_state), **call)
-        return outputs, _same_collections(flax.core.unfreeze(state), model_state)
+        return outputs, _same_collections(flax.core.unfreeze(state), model_state) if train else model_state
 
     return functional.model(init, apply, loss=loss, metrics=metrics, num_classes=num_classes, init_from=init_from)
 

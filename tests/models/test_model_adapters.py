@@ -148,6 +148,38 @@ def test_usual_metrics_and_chosen_ones():
     assert set(one.metrics(params, state, BATCH)) == {"loss", "top"}
 
 
+class LinenCounter(nn.Module):
+    """A state that the module itself would change in evaluation too."""
+
+    @nn.compact
+    def __call__(self, x):
+        calls = self.variable("counts", "calls", lambda: jnp.zeros(1))
+        if not self.is_initializing():
+            calls.value = calls.value + 1
+        return jnp.broadcast_to(calls.value, x.shape)
+
+
+class NNXCounter(nnx.Module):
+    def __init__(self, rngs):
+        self.calls = nnx.BatchStat(jnp.zeros(1))
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return jnp.broadcast_to(self.calls[...], x.shape)
+
+
+@pytest.mark.parametrize(
+    "model", [models.from_flax(LinenCounter(), (1, 2), **LOOK), models.from_nnx(NNXCounter, **LOOK)]
+)
+def test_evaluation_leaves_every_kind_of_state_alone(model):
+    params, state = model.init(KEY)
+    (count,) = jax.tree.leaves(state)
+    for _ in range(2):
+        _, state = model.loss(params, state, BATCH, MASK, KEY, True)
+    _, kept = model.loss(params, state, BATCH, MASK, KEY, False)
+    assert (count, *jax.tree.leaves(state), *jax.tree.leaves(kept)) == (0, 2, 2)
+
+
 def test_sown_values_are_refused_as_state():
     class Sower(nn.Module):
         @nn.compact

@@ -12,7 +12,7 @@ from fedjax_lab import FederatedData, models
 from fedjax_lab.models.base import initial_variables
 from fedjax_lab.models.convolutional import as_images, max_pool
 from fedjax_lab.models.recurrent import LSTM
-from fedjax_lab.models.residual import batch_norm
+from fedjax_lab.models.residual import ResNet, batch_norm
 
 
 def size(model):
@@ -45,6 +45,15 @@ resnet_18 = {"blocks": (2, 2, 2, 2), "width": 64}
 )
 def test_parameter_counts(model, published):
     assert size(model) == published
+
+
+def test_resnet_halves_the_image_and_doubles_the_channels_from_stage_to_stage():
+    module = ResNet(10, (1, 1, 1), 16, models.group_norm(8))
+    x, mask = jnp.zeros((2, 32, 32, 3)), jnp.ones(2, bool)
+    run = lambda key: module.init_with_output(key, x, False, mask, capture_intermediates=True, mutable=True)[1]
+    inner = jax.eval_shape(run, jax.random.key(0))["intermediates"]
+    convolutions = [v["__call__"][0].shape for k, v in inner.items() if k.startswith("Conv")]
+    assert convolutions == [(2, 32, 32, 16)] * 3 + [(2, 16, 16, 32)] * 3 + [(2, 8, 8, 64)] * 3
 
 
 def softmax(z):
@@ -123,7 +132,7 @@ def test_language_model_does_not_see_the_future():
     model = models.char_lstm(5, 2, 3)
     params, _ = model.init(jax.random.key(0))
     x = jnp.array([[1, 2, 3, 4]])
-    upto = lambda x, y: model.metrics(params, (), {"x": x, "y": y})["loss"]
+    upto = jax.jit(lambda x, y: model.metrics(params, (), {"x": x, "y": y})["loss"])
     y = jnp.array([[2, 3, 0, 0]])  # only the first two positions count
     np.testing.assert_array_equal(upto(x, y), upto(x.at[0, 2:].set(1), y))
     assert upto(x, y) != upto(x.at[0, 1].set(1), y)
