@@ -1,0 +1,44 @@
+"""One table of algorithms, which every law goes through. A new algorithm joins here."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import optax
+
+import fedjax_lab as fl
+from algorithms.fedadagrad import fedadagrad
+from algorithms.fedadam import fedadam
+from algorithms.fedavg import fedavg
+from algorithms.fedavgm import fedavgm
+from algorithms.fedprox import fedprox
+from algorithms.fedsgd import fedsgd
+from algorithms.fedyogi import fedyogi
+from tests.problems import softmax_model
+
+MODEL = softmax_model()
+SGD = optax.sgd(0.1)
+LOCAL = {"epochs": 2, "batch_size": 10}
+
+
+class Entry(NamedTuple):
+    """``make()`` builds the Round on the shared problem."""
+
+    make: Callable[[], fl.Round]
+
+
+ALGORITHMS = {
+    "fedavg": Entry(lambda: fedavg(MODEL, SGD, **LOCAL)),
+    "fedavg_full_batch_steps": Entry(lambda: fedavg(MODEL, SGD, steps=3, batch_size=None, weighting="uniform")),
+    "fedavg_adam_kept": Entry(lambda: fedavg(MODEL, optax.adam(0.05), keep_optimizer_state=True, **LOCAL)),
+    "fedavg_nesterov": Entry(lambda: fedavg(MODEL, optax.sgd(0.05, 0.9, nesterov=True), **LOCAL)),
+    "fedavg_adagrad": Entry(lambda: fedavg(MODEL, optax.adagrad(0.1), **LOCAL)),
+    "fedavg_rmsprop": Entry(lambda: fedavg(MODEL, optax.rmsprop(0.01), **LOCAL)),
+    "fedavg_schedule": Entry(lambda: fedavg(MODEL, lambda r: optax.sgd(0.2 * 0.5**r), **LOCAL)),
+    "fedavg_partial_work": Entry(lambda: fedavg(MODEL, SGD, epochs=fl.partial_work(4, 0.5))),
+    "fedprox": Entry(lambda: fedprox(MODEL, SGD, mu=1.0, **LOCAL)),
+    "fedsgd": Entry(lambda: fedsgd(MODEL, SGD)),
+    "fedavgm": Entry(lambda: fedavgm(MODEL, SGD, **LOCAL)),
+    "fedadagrad": Entry(lambda: fedadagrad(MODEL, SGD, **LOCAL)),
+    "fedadam": Entry(lambda: fedadam(MODEL, SGD, **LOCAL)),
+    "fedyogi": Entry(lambda: fedyogi(MODEL, SGD, **LOCAL)),
+}
