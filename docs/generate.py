@@ -75,11 +75,19 @@ def transforms() -> str:
     return functions(transforms, "fl.transforms", keep=keep)
 
 
+def experiments() -> str:
+    from experiments import registry
+
+    rows = [(f"`{name}`", first_line(module.__doc__, name)) for name, module in registry.find().items()]
+    return table(("Experiment", "What it shows"), rows)
+
+
 BLOCKS = {
     "algorithms": algorithms,
     "datasets": datasets,
     "models": models,
     "transforms": transforms,
+    "experiments": experiments,
 }
 
 
