@@ -17,9 +17,7 @@ def generator(seed: int, stream: int = 0) -> np.random.Generator:
 def column(columns: Columns, field: str) -> np.ndarray:
     """A field's array. ValueError with the fields there are, and the nearest."""
     if field not in columns:
-        raise ValueError(
-            f"there is no field {field!r} among {sorted(columns)}{checks.nearest(field, columns)}"
-        )
+        raise ValueError(f"there is no field {field!r} among {sorted(columns)}{checks.nearest(field, columns)}")
     return np.asarray(columns[field])
 
 
@@ -31,9 +29,7 @@ def num_rows(columns: Columns, num_clients: int, each: int = 1) -> int:
     n = next(iter(lengths.values()))
     for name, length in lengths.items():
         if length != n:
-            raise ValueError(
-                f"field {name!r} has {length} rows but {next(iter(lengths))!r} has {n}"
-            )
+            raise ValueError(f"field {name!r} has {length} rows but {next(iter(lengths))!r} has {n}")
     if n < num_clients * each:
         need = f"{num_clients} clients" + (f" with {each} rows each" if each > 1 else "")
         raise ValueError(f"{n} rows can't be divided among {need}")
@@ -45,8 +41,7 @@ def label_codes(columns: Columns, field: str) -> np.ndarray:
     y = column(columns, field)
     if y.ndim != 1 or y.dtype.kind not in "iub":
         raise ValueError(
-            f"field {field!r} must hold one integer label a row; it has dtype {y.dtype} and shape "
-            f"{y.shape}"
+            f"field {field!r} must hold one integer label a row; it has dtype {y.dtype} and shape {y.shape}"
         )
     return np.unique(y, return_inverse=True)[1]
 

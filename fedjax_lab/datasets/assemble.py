@@ -58,7 +58,5 @@ def assign(partition: Partition, columns: Columns, seed: int) -> np.ndarray:
             f"got {owners.dtype} of shape {owners.shape}"
         )
     if owners.min() < -1 or owners.max() < 0:
-        raise ValueError(
-            "a partition's client numbers go from 0; -1 leaves a row out, but not every row"
-        )
+        raise ValueError("a partition's client numbers go from 0; -1 leaves a row out, but not every row")
     return owners

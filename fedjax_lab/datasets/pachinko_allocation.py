@@ -87,9 +87,7 @@ def _tree(columns, fine: np.ndarray, coarse, field: str) -> list[np.ndarray]:
         mixed = np.flatnonzero(parents != parents[first][fine])
         if len(mixed):
             label = allocating.column(columns, field)[mixed[0]]
-            raise ValueError(
-                f"label {label} of field {field!r} has more than one coarse label in {coarse!r}"
-            )
+            raise ValueError(f"label {label} of field {field!r} has more than one coarse label in {coarse!r}")
         parents = parents[first]
     else:
         missing = [int(name) for name in names if int(name) not in coarse]

@@ -188,9 +188,7 @@ def power_law(
         codes, rng = label_codes(columns, field), generator(seed)
         labels = int(codes.max()) + 1
         if labels_per_client > labels:
-            raise ValueError(
-                f"labels_per_client is {labels_per_client}, but the rows have only {labels} labels"
-            )
+            raise ValueError(f"labels_per_client is {labels_per_client}, but the rows have only {labels} labels")
         owners = np.full(n, -1, np.int64)
         slots = np.arange(num_clients)[:, None] + np.arange(labels_per_client)
         for label in range(labels):
@@ -217,9 +215,7 @@ def by_attribute(field: str) -> Partition:
         num_rows(columns, 1)
         values = column(columns, field)
         if values.ndim != 1:
-            raise ValueError(
-                f"field {field!r} must hold one value a row; its shape is {values.shape}"
-            )
+            raise ValueError(f"field {field!r} must hold one value a row; its shape is {values.shape}")
         return np.unique(values, return_inverse=True)[1].astype(np.int64)
 
     return partition

@@ -51,15 +51,11 @@ def plot_partition(
     right.set_xlabel("rows of a client")
     right.set_ylabel("clients")
     right.yaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(
-        title or f"{len(counts)} clients, {sizes.sum()} rows, {len(names)} labels", fontsize=11
-    )
+    figure.suptitle(title or f"{len(counts)} clients, {sizes.sum()} rows, {len(names)} labels", fontsize=11)
     return figure
 
 
-def label_counts(
-    data: FederatedData | np.ndarray, labels: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def label_counts(data: FederatedData | np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The labels ``[labels]`` and how often each client has each: ``int64[clients, labels]``."""
     if isinstance(data, FederatedData):
         sizes = np.asarray(data.sizes)

@@ -111,7 +111,7 @@ def _speakers(lines: list[str]) -> set[str]:
         if before or _is_section(bare, after) or not _is_name(bare):
             continue
         name = bare.removesuffix(".")
-        if _CAPITALS.fullmatch(name) and len(name) > 1:
+        if _CAPITALS.fullmatch(name) and len(name) > 1 and _mostly_capitals(name):
             styles[0 if bare != name else 1][name.upper()] += 1
         elif bare != name and _CAPITALIZED.fullmatch(name) and after:
             styles[2][name.upper()] += 1
@@ -120,6 +120,11 @@ def _speakers(lines: list[str]) -> set[str]:
 
 def _is_name(line: str) -> bool:
     return 0 < len(line) <= _LONGEST_NAME and not _STANZA.fullmatch(line)
+
+
+def _mostly_capitals(name: str) -> bool:
+    # A name may have small letters, as in "ANN and BOB" or, misprinted, "LADY FalcoNBRIDGE".
+    return sum(map(str.isupper, name)) > sum(map(str.islower, name))
 
 
 def _is_section(line: str, after: str) -> bool:
