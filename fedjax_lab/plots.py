@@ -160,7 +160,7 @@ def _travelled(record: Record, x: str) -> float:
 
 def _seeds(run: Any) -> list[Any]:
     """A run as a list of seeds: a Result and a list of records are one seed each."""
-    if hasattr(run, "metrics") or (run and isinstance(run[0], Mapping)):
+    if hasattr(run, "metrics") or not run or isinstance(run[0], Mapping):
         return [run]
     return list(run)
 
