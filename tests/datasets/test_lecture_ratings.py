@@ -24,7 +24,7 @@ def test_the_real_table(data_dir):
     assert len(np.unique(lecturers)) == 1128 and lecturers.max() == 1127
     y = np.concatenate([train.arrays["y"], test.arrays["y"]])
     assert y.dtype == np.float32 and set(y) == {1, 2, 3, 4, 5}
-    assert abs(y.mean(dtype=np.float64) - 3.2057) < 1e-3  # lme4's documentation: mean of y
+    assert abs(y.mean(dtype=np.float64) - 3.2057) < 1e-3  # summed up with another reader
     assert abs(test.num_examples / 73_421 - 0.2) < 0.01
 
 
