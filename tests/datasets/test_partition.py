@@ -136,7 +136,7 @@ def test_power_law_holds_the_labels_and_sizes_of_fedprox():
         assert np.take_along_axis(table, held, 1).sum() == 70_000
         ours.append(table.sum(1).std())
         # The arithmetic of FedProx's script: 10 rows each, then lognormal shares rounded down.
-        # (Its paper's table 1 has a standard deviation of 106, below what this law gives.)
+        # (Its paper's table 1 has a standard deviation of 106: one draw, at the low end of this law.)
         shares = np.random.default_rng(seed).lognormal(0, 2, (10, 100, 2))
         extra = (6000 * shares / shares.sum((1, 2), keepdims=True)).astype(int)
         sizes = 10 + extra[held, clients[:, None] // 10, np.arange(2)].sum(1)
