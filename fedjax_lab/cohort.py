@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_lab.client import ClientData
 from fedjax_lab.data import FederatedData
 from fedjax_lab.round import Env, Round, nbytes
 
@@ -149,7 +150,8 @@ def run_cohort(
     cohort = env.ids.shape[0]
     chunks = -(-cohort // lanes)
     pad = chunks * lanes - cohort
-    work = jnp.where(env.present, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
+    # By size alone: an absent client keeps its place, so that the others' sums keep their order and bits.
+    work = jnp.where(env.invited, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
     order = jnp.argsort(-work, stable=True) if chunks > 1 else jnp.arange(cohort)
     ids = jnp.concatenate([env.ids[order], jnp.full(pad, data.num_clients, jnp.int32)])
     present = jnp.concatenate([env.present[order], jnp.zeros(pad, bool)])
@@ -212,7 +214,7 @@ def client_turn(round: Round, server, data, env, key, client_id, present, state,
     output = round.client_update(message, state, client, update_key)
     weight = jnp.asarray(output.weight, jnp.float32)
     value, denominators = round.aggregate.lift(output.upload, weight, message, env)
-    alive = present & healthy((value, denominators, weight, output.state, output.metrics))
+    alive = present & healthy((value, denominators, weight, output.state, output.metrics)) & _sane(client)
     sent = jnp.asarray(output.sent, bool)
     counted = alive & sent & (weight > 0)
     zero_unless = lambda tree: jax.tree.map(lambda x: jnp.where(counted, x, jnp.zeros_like(x)), tree)
@@ -231,6 +233,26 @@ def client_turn(round: Round, server, data, env, key, client_id, present, state,
         kept,
     )
     return zero_unless((value, denominators)), turn
+
+
+def _sane(client: ClientData) -> jax.Array:
+    """Whether the client's own examples are :func:`healthy`, ``bool[]``.
+
+    A saturated softmax turns a feature of 1e38 into a gradient of zero: such data need not show in the
+    update. One pass over the rows, in pieces.
+    """
+    floats = [a for a in jax.tree.leaves(client.arrays) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    if not floats:
+        return jnp.bool_(True)
+
+    def add(total, batch, mask, positions, key):
+        for leaf in jax.tree.leaves(batch):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                # Masked rows repeat the client's own last row: they can't spoil a sum of squares that is fine.
+                total += jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        return total
+
+    return jnp.isfinite(client.fold(add, jnp.float32(0)))
 
 
 def _summed(round: Round, outputs):

@@ -63,9 +63,13 @@ def permute(positions: jax.Array, n: jax.Array | int, seed: jax.Array) -> jax.Ar
     centres = _mix(seed + rounds)
     bits = _mix(centres ^ jnp.uint32(0x5BD1E995))
     centres = _scale(centres, n)
-    for r in range(ROUNDS):
-        c = centres[r]
+
+    def round_(x, keyed):
+        c, bit = keyed
         y = jnp.where(x <= c, c - x, c + (n - x))
-        swap = _mix(jnp.maximum(x, y) ^ bits[r]) >> 31
-        x = jnp.where(swap == 1, y, x)
-    return x.astype(jnp.int32)
+        swap = _mix(jnp.maximum(x, y) ^ bit) >> 31
+        return jnp.where(swap == 1, y, x), None
+
+    # Rolled on a CPU, where it halves the compile time of a round and costs no run time; one fused kernel elsewhere.
+    unroll = 1 if jax.default_backend() == "cpu" else ROUNDS
+    return jax.lax.scan(round_, x, (centres, bits), unroll=unroll)[0].astype(jnp.int32)
