@@ -45,7 +45,7 @@ def progress(num_rounds: int, done: int, show: bool | None) -> Iterator[Update]:
         with _bar(console, num_rounds, done) as update:
             yield update
     elif show or notebook:
-        yield _lines(num_rounds, done)
+        yield _lines(num_rounds)
     else:
         yield lambda round, text: None
 
@@ -65,7 +65,7 @@ def _bar(console: Any, num_rounds: int, done: int) -> Iterator[Update]:
     bar = rich_progress.Progress(*columns, console=console, refresh_per_second=5)
     with bar:
         task = bar.add_task("", total=num_rounds, completed=done, text="compiling", rate="")
-        speed = _speed(done)
+        speed = _speed()
 
         def update(round: int, text: str) -> None:
             bar.update(task, completed=round, text=escape(text), rate=speed(round))
@@ -73,8 +73,8 @@ def _bar(console: Any, num_rounds: int, done: int) -> Iterator[Update]:
         yield update
 
 
-def _lines(num_rounds: int, done: int) -> Update:
-    speed = _speed(done)
+def _lines(num_rounds: int) -> Update:
+    speed = _speed()
     last = time.monotonic()
 
     def update(round: int, text: str) -> None:
@@ -87,7 +87,7 @@ def _lines(num_rounds: int, done: int) -> Update:
     return update
 
 
-def _speed(done: int) -> Callable[[int], str]:
+def _speed() -> Callable[[int], str]:
     """Rounds a second since the first report, which came after compiling."""
     first: tuple[int, float] | None = None
 
