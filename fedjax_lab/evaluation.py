@@ -44,7 +44,7 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
       own: ``(position, env) -> ClientData`` of the client's training data, which personalisation uses.
       personal: evaluate the model that the client would use, rather than the one it was sent.
     """
-    if round.metrics is None or (round.view is None and not personal):
+    if round.metrics is None or not (personal or shares_model(round)):
         raise ValueError("this Round has no model metrics to evaluate (Round.metrics and Round.view)")
 
     def client_update(message, state, client, key, tilt=identity):
@@ -62,6 +62,11 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
         aggregate=aggregators.mean(),
         server_update=lambda server, metrics, key: (server, metrics),
     )
+
+
+def shares_model(round: Round) -> bool:
+    """Whether clients are sent a whole model: local training sends none, ``private`` a part of one."""
+    return round.view is not None and "partial" not in round.traits
 
 
 def client_metrics(
@@ -159,7 +164,7 @@ def per_client(
     For each metric ``m``: ``m`` over all examples; over clients (those with examples) ``m_mean``,
     ``m_variance``, ``m_p10``, ``m_p50``, ``m_p90`` and ``m_worst10``, the mean of the worst tenth. When the
     Round personalises (trait ``"personal"``), the same of each client's own model as ``personal_m...``; if no
-    model is sent to the clients at all, these are the only ones.
+    whole model is sent to the clients, these are the only ones.
 
     Args:
       test: examples to evaluate on.
@@ -171,7 +176,7 @@ def per_client(
 
     def evaluate(process, state):
         personal, out = "personal" in process.round.traits, {}
-        if process.round.view is not None or not personal:  # local training shares no model
+        if shares_model(process.round) or not personal:
             out = summarise(plain(process, state), names, prefix)
         if personal:
             out |= summarise(own(process, state), names, f"{prefix}personal_")

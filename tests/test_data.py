@@ -90,10 +90,16 @@ def bad(**fields):
     [
         (lambda: fl.FederatedData.from_clients({}), ["at least one client"]),
         (lambda: fl.FederatedData.from_clients({"a": {"x": np.zeros((0, 2))}}), ["none of the 1 clients"]),
-        (lambda: fl.FederatedData.from_clients({"a": {"x": np.zeros((2, 2)), "y": np.zeros(3)}}), ["'a'", "y", "3", "2"]),
+        (
+            lambda: fl.FederatedData.from_clients({"a": {"x": np.zeros((2, 2)), "y": np.zeros(3)}}),
+            ["'a'", "y", "3", "2"],
+        ),
         (lambda: fl.FederatedData.from_clients(bad(x=np.zeros((2, 3)))), ["'sick'", "x", "(3,)"]),
         (lambda: fl.FederatedData.from_clients(bad(z=np.zeros((2, 2)))), ["'sick'", "'z'"]),
-        (lambda: fl.FederatedData.from_clients(bad(x=np.array([[0, 0], [0, np.nan]]))), ["'sick'", "x", "row 1", "NaN"]),
+        (
+            lambda: fl.FederatedData.from_clients(bad(x=np.array([[0, 0], [0, np.nan]]))),
+            ["'sick'", "x", "row 1", "NaN"],
+        ),
         (lambda: fl.FederatedData.from_clients(bad(x=np.array([[np.inf, 0]]))), ["'sick'", "row 0"]),
         (lambda: fl.FederatedData.from_clients(bad(x=np.float32(1))), ["'sick'", "x", "scalar"]),
         (lambda: fl.FederatedData.from_clients([("a", {"x": np.zeros(1)})] * 2), ["'a'", "more than once"]),

@@ -23,7 +23,9 @@ BAD = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "1e38": 1e38}
 def roll_call(data) -> fl.Sampler:
     """Everyone is invited; the sampler's state says who answers, so that one compiled step serves all cases."""
     ids = jnp.arange(data.num_clients)
-    return fl.Sampler(lambda data: jnp.ones(data.num_clients, bool), lambda state, key, data, probe: (ids, state, state))
+    return fl.Sampler(
+        lambda data: jnp.ones(data.num_clients, bool), lambda state, key, data, probe: (ids, state, state)
+    )
 
 
 def without(state, k):

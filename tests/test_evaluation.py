@@ -1,0 +1,99 @@
+"""Evaluation as a Round: against plain NumPy over each client's rows."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import fedjax_lab as fl
+from algorithms.fedavg import fedavg
+from algorithms.local_only import local_only
+from fedjax_lab.evaluation import ClientMetrics, summarise
+from tests.problems import softmax_data, softmax_model, steps
+
+MODEL = softmax_model()
+
+
+def by_hand(params, data, name):
+    """Accuracy of each client, in NumPy."""
+    rows = data.client(name).arrays
+    if not len(rows["y"]):
+        return 0.0
+    return float(np.mean(np.argmax(rows["x"] @ np.asarray(params["w"]) + np.asarray(params["b"]), -1) == rows["y"]))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    data = softmax_data(empty=1)
+    process = fl.synchronous(fedavg(MODEL, optax.sgd(0.3)), data, fl.uniform(5))
+    return data, process, steps(process, 5)[0]
+
+
+def test_clients_metrics_are_those_of_their_rows(trained):
+    data, process, state = trained
+    found = fl.client_metrics(data)(process, state)
+    expected = [by_hand(process.params(state), data, name) for name in data.ids]
+    np.testing.assert_allclose(found.values["accuracy"], expected, atol=1e-6)
+    assert found.examples.tolist() == data.sizes.tolist()
+
+
+def test_global_metrics_pool_all_examples(trained):
+    data, process, state = trained
+    params = process.params(state)
+    logits = data.arrays["x"] @ np.asarray(params["w"]) + np.asarray(params["b"])
+    report = fl.global_metrics(data)(process, state)
+    assert report["accuracy"] == pytest.approx(np.mean(np.argmax(logits, -1) == data.arrays["y"]), abs=1e-6)
+    loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(logits)), data.arrays["y"]]
+    assert report["loss"] == pytest.approx(loss.mean(), rel=1e-5)
+
+
+def test_the_summary_of_known_values():
+    metrics = ClientMetrics(
+        {"accuracy": np.array([0.1, 0.5, 0.9, 0.0, 0.7]), "loss": np.array([3.0, 2.0, 1.0, 0.0, 5.0])},
+        np.array([10, 10, 20, 0, 10]),
+    )
+    report = summarise(metrics)
+    assert report["accuracy"] == pytest.approx((1 + 5 + 18 + 7) / 50)
+    assert report["accuracy_mean"] == pytest.approx(0.55)
+    assert report["accuracy_variance"] == pytest.approx(np.var([0.1, 0.5, 0.9, 0.7]))
+    assert report["accuracy_p50"] == pytest.approx(0.6)
+    assert report["accuracy_worst10"] == pytest.approx(0.1)  # the worst of four
+    assert report["loss_worst10"] == pytest.approx(5.0)  # high losses are the worst
+    twenty = ClientMetrics({"accuracy": np.arange(20) / 20}, np.ones(20))
+    assert summarise(twenty)["accuracy_worst10"] == pytest.approx(0.025)
+    with pytest.raises(ValueError, match="acuracy"):
+        summarise(metrics, ("acuracy",))
+
+
+def test_a_subset_in_another_order_finds_its_clients(trained):
+    data, process, state = trained
+    part = data.select([4, 0, 2])
+    found = fl.client_metrics(part)(process, state)
+    expected = [by_hand(process.params(state), data, data.ids[k]) for k in (4, 0, 2)]
+    np.testing.assert_allclose(found.values["accuracy"], expected, atol=1e-6)
+
+
+def test_personal_models_are_each_clients_own_and_unseen_clients_start_from_the_server():
+    data = softmax_data((30, 40, 20, 25), seed=3)
+    seen, unseen = data.select([0, 1, 3]), data.select([2])
+    process = fl.synchronous(local_only(MODEL, optax.sgd(0.5), epochs=5), seen)
+    state, _ = steps(process, 4)
+    found = fl.client_metrics(seen, personal=True)(process, state)
+    tables = process.clients(state).table
+    own = [leaf for leaf in jax.tree.leaves(tables) if leaf.shape[1:] == (4, 3)]
+    assert len(own) == 1
+    w = np.asarray(own[0])
+    bias = next(np.asarray(x) for x in jax.tree.leaves(tables) if x.shape[1:] == (3,))
+    expected = [by_hand({"w": w[k], "b": bias[k]}, seen, seen.ids[k]) for k in range(3)]
+    np.testing.assert_allclose(found.values["accuracy"], expected, atol=1e-6)
+    fresh = fl.client_metrics(unseen, personal=True)(process, state)
+    start = process.init(jax.random.key(0))
+    model = process.variables(start) if process.round.model else None
+    if model is not None:
+        assert fresh.values["accuracy"][0] == pytest.approx(by_hand(model.params, unseen, unseen.ids[0]), abs=1e-6)
+
+
+def test_support_must_match():
+    data = softmax_data()
+    with pytest.raises(ValueError, match="same clients"):
+        fl.client_metrics(data.select([0]), data.select([1]))
