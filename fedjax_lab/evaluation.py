@@ -213,10 +213,7 @@ def summarise(metrics: ClientMetrics, names: Sequence[str] | None = None, prefix
     overall, out = pooled(metrics), {}
     for name in names or metrics.values:
         values = np.sort(metrics.values[name][metrics.examples > 0].astype(np.float64))
-        if any(word in name for word in WORSE_WHEN_HIGHER):
-            worst = values[::-1]
-        else:
-            worst = values
+        worst = values[::-1] if any(word in name for word in WORSE_WHEN_HIGHER) else values
         tenth = max(1, -(-len(values) // 10))
         out |= {
             f"{prefix}{name}": overall[name],

@@ -185,10 +185,8 @@ def client_weight(weighting: Any, client: ClientData) -> jax.Array:
     """
     if isinstance(weighting, str):
         if weighting not in ("examples", "uniform"):
-            known = ("examples", "uniform")
-            raise ValueError(
-                f"weighting must be 'examples', 'uniform' or an array{checks.nearest(weighting, known)}; got {weighting!r}"
-            )
+            near = checks.nearest(weighting, ("examples", "uniform"))
+            raise ValueError(f"weighting must be 'examples', 'uniform' or an array; got {weighting!r}{near}")
         weight = client.size if weighting == "examples" else 1
     else:
         table = jnp.asarray(weighting, jnp.float32)

@@ -21,7 +21,8 @@ class Sampler(NamedTuple):
       init: ``(data) -> state``. Raises ValueError when the population doesn't suit.
       sample: ``(state, key, data, probe) -> (ids: int32[cohort], present: bool[cohort], state)``. Ids are
         distinct positions in the population; ``num_clients`` marks an empty slot. Present are those who
-        will answer. ``key`` is the round's public key (``Env.key``). ``probe(ids) -> float32[n]`` runs the Round's loss for candidates; its bytes count.
+        will answer; ``key`` is the round's public key (``Env.key``). ``probe(ids) -> float32[n]`` runs the
+        Round's loss for candidates; its bytes count.
       update: ``(state, ids, ok, metrics) -> state`` after the round: who survived, and each slot's metrics.
     """
 

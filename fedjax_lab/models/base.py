@@ -74,9 +74,7 @@ def _same_shapes(given: PyTree, own: PyTree) -> None:
         )
     for (name, a), (_, b) in zip(checks.named_leaves(given), checks.named_leaves(own), strict=True):
         if np.shape(a) != np.shape(b):
-            raise ValueError(
-                f"params leaf {name} has shape {np.shape(a)}, the model's has {np.shape(b)}"
-            )
+            raise ValueError(f"params leaf {name} has shape {np.shape(a)}, the model's has {np.shape(b)}")
 
 
 def difference(new: PyTree, old: PyTree) -> PyTree:

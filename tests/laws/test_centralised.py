@@ -106,6 +106,6 @@ def test_pieces_of_a_large_client_add_up_to_its_full_batch():
     state = process.init(jax.random.key(0))
     w, b = (np.asarray(process.params(state)[n], np.float64) for n in ("w", "b"))
     gw, gb = numpy_gradient(w, b, np.asarray(data.arrays["x"], np.float64), data.arrays["y"])
-    state, metrics = process.step(state, process.data)
+    state, _ = process.step(state, process.data)
     np.testing.assert_allclose(process.params(state)["w"], w - 0.5 * gw, atol=1e-6)
     np.testing.assert_allclose(process.params(state)["b"], b - 0.5 * gb, atol=1e-6)

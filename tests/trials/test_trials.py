@@ -166,6 +166,6 @@ def test_everything_at_once():
     data = softmax_data(empty=1)
     round = fl.compose(base(), wire.uplink(wire.error_feedback(wire.top_k(5))), rounds.scaffold(0.1), rounds.ditto(0.5))
     process = fl.synchronous(round, data, fl.dropout(fl.uniform(5), 0.3))
-    state, metrics = steps(process, 3)
+    _, metrics = steps(process, 3)
     assert np.isfinite(metrics["loss"])
     assert process.step._cache_size() == 1
