@@ -27,7 +27,5 @@ def fedadam(
       tau: degree of adaptivity.
       **local_work: as for :func:`algorithms.fedavg.fedavg`.
     """
-    server = adaptive(
-        lambda v, square: beta2 * v + (1 - beta2) * square, server_learning_rate, beta1, tau
-    )
+    server = adaptive(lambda v, square: beta2 * v + (1 - beta2) * square, server_learning_rate, beta1, tau)
     return fedopt(model, client_optimizer, server_optimizer=server, **local_work)

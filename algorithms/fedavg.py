@@ -43,20 +43,14 @@ def fedavg(
       keep_optimizer_state: each client keeps its optimizer's state between its rounds, rather than
         starting afresh.
     """
-    local = fl.local_training(
-        model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size
-    )
+    local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size)
 
     def init(key, data, params=None):
         variables = fl.initial_variables(model, key, data, params)
         return FedAvgState(variables, server_optimizer.init(variables.params))
 
     def init_client(server, client):
-        return (
-            _fresh_optimizer(client_optimizer, server.variables.params)
-            if keep_optimizer_state
-            else ()
-        )
+        return _fresh_optimizer(client_optimizer, server.variables.params) if keep_optimizer_state else ()
 
     def broadcast(server, state, client, key):
         return server.variables
@@ -76,9 +70,7 @@ def fedavg(
         params = server.variables.params
         updates, opt_state = server_optimizer.update(pseudo_gradient, server.opt_state, params)
         model_state = fl.add(server.variables.model_state, update.model_state)
-        return FedAvgState(
-            fl.Variables(optax.apply_updates(params, updates), model_state), opt_state
-        ), {}
+        return FedAvgState(fl.Variables(optax.apply_updates(params, updates), model_state), opt_state), {}
 
     return fl.Round(
         init=init,
@@ -97,4 +89,4 @@ def fedavg(
 
 
 def _fresh_optimizer(optimizer, params):
-    return (optimizer(0) if callable(optimizer) else optimizer).init(params)
+    return fl.optimizer_of_round(optimizer, 0).init(params)

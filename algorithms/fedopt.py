@@ -65,9 +65,9 @@ def adaptive(
             jax.tree.map(lambda p: jnp.full_like(p, tau**2), params),
         )
 
-    def update(gradient, state, params=None):
-        m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.m, gradient)
-        v = jax.tree.map(lambda v, g: second_moment(v, g * g), state.v, gradient)
+    def update(updates, state, params=None):
+        m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.m, updates)
+        v = jax.tree.map(lambda v, g: second_moment(v, g * g), state.v, updates)
         step = jax.tree.map(lambda m, v: -learning_rate * m / (jnp.sqrt(v) + tau), m, v)
         return step, Moments(m, v)
 

@@ -9,9 +9,7 @@ import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 
 
-def fedprox(
-    model: fl.Model, client_optimizer: fl.ClientOptimizer, *, mu: Any, **local_work: Any
-) -> fl.Round:
+def fedprox(model: fl.Model, client_optimizer: fl.ClientOptimizer, *, mu: Any, **local_work: Any) -> fl.Round:
     """FedAvg on ``F_k(w) + mu/2 ||w - w_t||^2``.
 
     Args:

@@ -40,8 +40,7 @@ def local_only(
     local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size)
 
     def init_client(server, client):
-        optimizer = client_optimizer(0) if callable(client_optimizer) else client_optimizer
-        return LocalState(server, optimizer.init(server.params))
+        return LocalState(server, fl.optimizer_of_round(client_optimizer, 0).init(server.params))
 
     def client_update(message, state, client, key, tilt=fl.identity):
         trained = local(state.variables, client, key, tilt, state.opt_state)

@@ -21,6 +21,7 @@ from fedjax_lab.local import (
     masked_mean,
     mean_loss,
     mean_over_client,
+    optimizer_of_round,
     partial_work,
 )
 from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables

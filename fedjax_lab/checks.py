@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -124,7 +125,7 @@ def shares(fraction: float | Sequence[float]) -> np.ndarray:
 
 def positive(value: Any, name: str, *, integer: bool = False, unit: str = "") -> None:
     """Refuse a Python number that isn't positive; a traced one (a sweep's) passes."""
-    if isinstance(value, jax.core.Tracer) or callable(value):
+    if isinstance(value, Tracer) or callable(value):
         return
     number = np.asarray(value)
     if number.ndim or number.dtype.kind not in "iuf" or (integer and number.dtype.kind == "f"):
@@ -137,7 +138,7 @@ def positive(value: Any, name: str, *, integer: bool = False, unit: str = "") ->
 def labels_in_range(data: Any, num_classes: int, field: str = "y") -> None:
     """Refuse labels that a classifier of ``num_classes`` can't predict, naming client and row."""
     labels = data.arrays.get(field) if isinstance(data.arrays, dict) else None
-    if labels is None or isinstance(labels, jax.core.Tracer):
+    if labels is None or isinstance(labels, Tracer):
         return
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels {field!r} must be integers 0..{num_classes - 1}; got dtype {labels.dtype}")
@@ -158,7 +159,7 @@ def labels_in_range(data: Any, num_classes: int, field: str = "y") -> None:
 
 def not_negative(value: Any, name: str) -> None:
     """Refuse a negative or non-finite Python number; a traced one (a sweep's) passes."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     number = np.asarray(value)
     if number.ndim or number.dtype.kind not in "iuf" or not np.isfinite(number) or number < 0:
@@ -168,5 +169,5 @@ def not_negative(value: Any, name: str) -> None:
 def probability(value: Any, name: str) -> None:
     """Refuse a Python number outside 0..1; a traced one (a sweep's) passes."""
     not_negative(value, name)
-    if not isinstance(value, jax.core.Tracer) and value > 1:
+    if not isinstance(value, Tracer) and value > 1:
         raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fedjax_lab import checks, shuffle
 
 PyTree = Any
-Step = Callable[[PyTree, PyTree, jax.Array, jax.Array, jax.Array], PyTree]
+Step = Callable[[PyTree, PyTree, jax.Array, jax.Array, Any], PyTree]
 
 
 @jax.tree_util.register_dataclass

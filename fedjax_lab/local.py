@@ -14,9 +14,14 @@ from fedjax_lab.round import LocalTraining, Oracle, Tilt, Trained, identity
 
 PyTree = Any
 # An optimizer, or a function of the round number (a learning-rate schedule over rounds).
-ClientOptimizer = optax.GradientTransformation | Callable[[jax.Array], optax.GradientTransformation]
+ClientOptimizer = optax.GradientTransformation | Callable[[Any], optax.GradientTransformation]
 # An amount of local work, or a function (client, key) -> amount (stragglers do less).
 Work = int | Callable[[ClientData, jax.Array], jax.Array]
+
+
+def optimizer_of_round(optimizer: ClientOptimizer, round_number: Any) -> optax.GradientTransformation:
+    """The optimizer itself, or the one that a schedule over rounds gives for ``round_number``."""
+    return optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(round_number)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -102,7 +107,9 @@ def local_training(
         tilt: Tilt = identity,
         opt_state: PyTree = None,
     ) -> Trained:
-        rule = optax.with_extra_args_support(optimizer(client.env.round) if callable(optimizer) else optimizer)
+        rule = optax.with_extra_args_support(
+            optimizer_of_round(optimizer, client.env.round if callable(optimizer) else 0)
+        )
         amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work
         pieces = batch_size is None and client.max_size > client.tile
         objective = tilt(_in_pieces(oracle, client) if pieces else oracle)

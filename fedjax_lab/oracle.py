@@ -134,7 +134,9 @@ def _no_probe(ids):
 
 
 def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key, serving):
-    sums, kept, ok, uplink, total_weight, weighted = None, [], [], 0, 0.0, {}
+    sums: Any = None
+    ok: list[bool] = []
+    uplink, total_weight, weighted = 0, 0.0, {}
     for k, present in zip(np.asarray(env.ids).tolist(), np.asarray(env.present).tolist(), strict=True):
         counted = False
         if present:
@@ -148,7 +150,6 @@ def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key,
                 uplink += nbytes(output.upload) if output.bytes_up is None else int(output.bytes_up)
             if counted:
                 sums = lifted if sums is None else jax.tree.map(lambda a, b: a + b, sums, lifted)
-                kept.append((output.upload, output.weight, message))
                 total_weight += float(output.weight)
                 for name, value in output.metrics.items():
                     weighted[name] = weighted.get(name, 0.0) + float(output.weight) * float(value)
@@ -165,7 +166,7 @@ def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key,
 
 def _turn(round: Round, server, clients: dict, data: FederatedData, env: Env, clients_key, k: int):
     start, size = int(data.starts[k]), int(data.sizes[k])
-    client = PlainClient(
+    client: Any = PlainClient(
         jax.tree.map(lambda a: np.asarray(a[start : start + size]), data.arrays),
         size, k, {n: v[k] for n, v in data.attrs.items()}, env, max(size, 1), max(size, 1),
     )  # fmt: skip

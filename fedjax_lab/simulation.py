@@ -100,8 +100,8 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
 
     state = jax.eval_shape(start, jax.random.key(0), data, None)
     _check_stable(jax.eval_shape(step, state, data)[0], state)
-    lens = round.model
-    variables = lambda state: lens.get(state.server) if lens else None
+    lens: Any = round.model
+    variables: Any = lambda state: lens.get(state.server) if lens else None
     return Process(
         init, step, data,
         params=lambda state: variables(state).params if lens else state.server,
@@ -115,7 +115,8 @@ def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyT
     if round.aggregate.reduce is None:
         aggregate = round.aggregate.finish(answers.sums, env)
     else:
-        aggregate = round.aggregate.reduce(*answers.sums, env)
+        uploads, weights, ok, messages = answers.sums
+        aggregate = round.aggregate.reduce(uploads, weights, ok, messages, env)
     updated, metrics = round.server_update(server, aggregate, key)
     return select(answers.counts["survivors"] > 0, updated, server), metrics
 
@@ -138,9 +139,9 @@ def _probe(round: Round, server: PyTree, data: FederatedData, key: jax.Array):
     def probe(ids):
         if round.loss is None or round.model is None:
             raise ValueError("this sampler probes the clients' losses, but the Round has no loss")
-        variables = round.model.get(server)
+        variables, loss = round.model.get(server), round.loss
         asked.append(ids.shape[0])
-        one = lambda i: mean_loss(round.loss, variables, data.view(i), jax.random.fold_in(key, i))
+        one = lambda i: mean_loss(loss, variables, data.view(i), jax.random.fold_in(key, i))
         return jax.lax.map(one, ids, batch_size=balanced_lanes(ids.shape[0]))
 
     def cost():

@@ -106,5 +106,5 @@ def emnist_cnn(
     checks.positive(num_classes, "num_classes", integer=True)
     if len(dropout) != 2 or not all(0 <= rate < 1 for rate in dropout):
         raise ValueError(f"dropout needs two rates of at least 0 and below 1; got {dropout}")
-    module = EmnistCNN(num_classes, tuple(dropout))
+    module = EmnistCNN(num_classes, (dropout[0], dropout[1]))
     return from_shape(module, input_shape, MNIST_SHAPE, num_classes=num_classes)

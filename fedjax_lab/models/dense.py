@@ -1,6 +1,7 @@
 """Linear models and multi-layer perceptrons. Inputs of any shape are flattened."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,7 +26,7 @@ class Dense(nn.Module):
         x = x.reshape(x.shape[0], -1)
         for i, units in enumerate(self.hidden):
             x = self.activation(nn.Dense(units, name=f"hidden_{i}")(x))
-        start = {"kernel_init": nn.initializers.zeros} if self.zeros else {}
+        start: dict[str, Any] = {"kernel_init": nn.initializers.zeros} if self.zeros else {}
         return nn.Dense(self.outputs, use_bias=self.bias, name="output", **start)(x)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import optax
 
 import fedjax_lab as fl
+from algorithms._template import template
 from algorithms.fedadagrad import fedadagrad
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
@@ -13,6 +14,7 @@ from algorithms.fedavgm import fedavgm
 from algorithms.fedprox import fedprox
 from algorithms.fedsgd import fedsgd
 from algorithms.fedyogi import fedyogi
+from algorithms.local_only import local_only
 from tests.problems import softmax_model
 
 MODEL = softmax_model()
@@ -41,4 +43,6 @@ ALGORITHMS = {
     "fedadagrad": Entry(lambda: fedadagrad(MODEL, SGD, **LOCAL)),
     "fedadam": Entry(lambda: fedadam(MODEL, SGD, **LOCAL)),
     "fedyogi": Entry(lambda: fedyogi(MODEL, SGD, **LOCAL)),
+    "local_only": Entry(lambda: local_only(MODEL, SGD, **LOCAL)),
+    "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
