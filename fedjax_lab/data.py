@@ -15,6 +15,7 @@ import numpy as np
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
+from fedjax_lab.description import Description, best_tile
 
 PyTree = Any
 
@@ -95,15 +96,19 @@ class FederatedData:
             different lengths, shapes or fields that differ between clients, a duplicate id, non-finite
             values.
         """
-        pairs = list(clients.items() if isinstance(clients, Mapping) else clients)
+        pairs = checks.client_pairs(clients)
         if not pairs:
             raise ValueError("a federated data set needs at least one client; got none")
         ids = [k for k, _ in pairs]
         checks.unique_ids(ids)
+        for client, tree in pairs:
+            checks.no_frame(tree, f"client {client!r}")
         trees = [jax.tree.map(np.asarray, tree) for _, tree in pairs]
         sizes = np.array([checks.client_rows(i, t) for i, t in zip(ids, trees, strict=True)])
         checks.same_structure(ids, trees)
-        arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves), *trees)
+        # Without the empty ones: np.array([]) has a type of its own, float64, which nobody meant.
+        full = lambda leaves: [leaf for leaf in leaves if len(leaf)] or leaves
+        arrays = jax.tree.map(lambda *leaves: np.concatenate(full(leaves)), *trees)
         return cls._build(arrays, sizes, ids, attrs, validate)
 
     @classmethod
@@ -120,10 +125,13 @@ class FederatedData:
         Clients are ordered by id; the rows of a client keep their order. Raises as
         :meth:`from_clients` does.
         """
+        checks.no_frame(arrays, "from_arrays")
         owners = np.asarray(client_ids)
         arrays = jax.tree.map(np.asarray, arrays)
         if owners.ndim != 1:
             raise ValueError(f"client_ids must be one id per row, shape [rows]; got {owners.shape}")
+        if owners.dtype == object and len({type(i) for i in owners}) > 1 or (owners != owners).any():
+            raise ValueError("client_ids must be integers or strings, all of one kind, and none may be missing")
         for name, leaf in checks.named_leaves(arrays):
             if leaf.ndim == 0 or len(leaf) != len(owners):
                 got = "a scalar" if leaf.ndim == 0 else f"{len(leaf)} rows"
@@ -145,6 +153,7 @@ class FederatedData:
           num_clients: clients without a row exist too, and are empty; by default up to the largest.
         """
         assignment = np.asarray(assignment)
+        checks.assignment(assignment, arrays, num_clients)
         count = int(assignment.max(initial=-1)) + 1 if num_clients is None else num_clients
         order = np.argsort(assignment, kind="stable")
         order = order[np.searchsorted(assignment[order], 0) :]
@@ -170,10 +179,14 @@ class FederatedData:
         if sizes.sum() >= 2**31:
             raise ValueError(f"{sizes.sum()} rows do not fit 32-bit row numbers; split the data set")
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+        if attrs is not None and not isinstance(attrs, Mapping):
+            raise ValueError(f"attrs must be a dict of arrays [clients, ...]; got {checks.shown(attrs)}")
         attrs = {name: np.asarray(value) for name, value in (attrs or {}).items()}
         for name, value in attrs.items():
             if value.ndim == 0 or len(value) != len(sizes):
                 raise ValueError(f"attribute {name!r} must have one entry for each of {len(sizes)} clients")
+            if checks.not_numeric(value):
+                raise ValueError(f"attribute {name!r} has dtype {value.dtype}; attributes must be numeric or boolean")
         arrays = jax.tree.map(checks.device_dtype, arrays)
         data = cls(
             arrays, starts.astype(np.int32), sizes.astype(np.int32), attrs,
@@ -230,7 +243,7 @@ class FederatedData:
             max_size=self.max_size, tile=self.tile,
         )  # fmt: skip
 
-    def describe(self) -> "Description":
+    def describe(self) -> Description:
         """Counts, sizes, fields and labels; ``print`` it for a table."""
         return Description.of(self)
 
@@ -263,7 +276,7 @@ class FederatedData:
         bounds = np.floor(np.cumsum(shares)[:-1, None] * sizes + 0.5).astype(np.int64)
         bounds = np.clip(bounds, np.minimum(sizes, 1), np.maximum(sizes - 1, np.minimum(sizes, 1)))
         part = sum((rank >= np.repeat(b, sizes)).astype(np.int64) for b in bounds)
-        rows = self._rows()
+        rows = self.rows_of()
         parts = tuple(
             self._take(rows[np.sort(order[part == p])], np.bincount(owner[part == p], minlength=len(sizes)))
             for p in range(len(shares))
@@ -277,7 +290,8 @@ class FederatedData:
           fraction: the share of clients in the first part, strictly between 0 and 1.
           seed: which random division.
         """
-        checks.shares(fraction)
+        if len(checks.shares(fraction)) > 2 or np.ndim(fraction):
+            raise ValueError(f"split_clients takes the share of the first part alone; got {fraction}")
         if self.num_clients < 2:
             raise ValueError("split_clients needs at least two clients; this data set has one")
         order = np.random.default_rng(seed).permutation(self.num_clients)
@@ -285,10 +299,14 @@ class FederatedData:
         return Split(self.select(np.sort(order[:cut])), self.select(np.sort(order[cut:])))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "FederatedData":
-        """The clients at these positions, in this order, as a data set of their own."""
-        indices = np.asarray(indices)
+        """The clients at these positions, in this order, as a data set of their own.
+
+        Raises:
+          ValueError: what isn't a position, or a client twice.
+        """
+        indices = checks.positions(indices, self.num_clients)
         sizes = np.asarray(self.sizes)[indices]
-        return self._take(self._rows(indices), sizes, indices)
+        return self._take(self.rows_of(indices), sizes, indices)
 
     def on_device(self) -> "FederatedData":
         """The same data with every leaf a JAX array."""
@@ -297,7 +315,7 @@ class FederatedData:
     def _compact_starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)[:-1]])
 
-    def _rows(self, clients: np.ndarray | None = None) -> np.ndarray:
+    def rows_of(self, clients: np.ndarray | None = None) -> np.ndarray:
         """The row numbers of the given clients (all by default), client after client."""
         clients = np.arange(self.num_clients) if clients is None else clients
         starts, sizes = np.asarray(self.starts)[clients], np.asarray(self.sizes)[clients]
@@ -314,59 +332,3 @@ class FederatedData:
             ids = Ids([self.ids[k] for k in clients])
         sizes = np.asarray(sizes, np.int32)
         return FederatedData(arrays, starts, sizes, attrs, ids, int(sizes.max(initial=0)), best_tile(sizes))
-
-
-def best_tile(sizes: np.ndarray, overhead: int = 16) -> int:
-    """How many rows to read at once when a whole client is read: few padded rows, few pieces.
-
-    Minimises the mean over clients of ``pieces * (tile + overhead)`` over powers of two, so that one
-    client of 50,000 rows does not make ten-row clients read 50,000.
-    """
-    sizes = np.asarray(sizes)[np.asarray(sizes) > 0]
-    if not len(sizes):
-        return 1
-    largest = int(sizes.max())
-    tiles = [t for t in 2 ** np.arange(3, 13) if t < largest] + ([largest] if largest <= 4096 else [])
-    cost = [np.mean(-(-sizes // t) * (t + overhead)) for t in tiles]
-    return int(tiles[int(np.argmin(cost))])
-
-
-class Description(dict):
-    """What :meth:`FederatedData.describe` found; a dict whose ``str`` is a table."""
-
-    @classmethod
-    def of(cls, data: FederatedData) -> "Description":
-        sizes = np.asarray(data.sizes)
-        out = cls(
-            clients=data.num_clients,
-            examples=int(sizes.sum()),
-            empty_clients=int((sizes == 0).sum()),
-            size_min=int(sizes.min()),
-            size_median=float(np.median(sizes)),
-            size_mean=float(sizes.mean()),
-            size_max=int(sizes.max()),
-            size_std=float(sizes.std()),
-            fields={n: (tuple(a.shape[1:]), str(a.dtype)) for n, a in checks.named_leaves(data.arrays)},
-            attrs=sorted(data.attrs),
-        )
-        labels = checks.label_leaf(data.arrays)
-        if labels is not None:
-            rows = data._rows()
-            owner = np.repeat(np.arange(data.num_clients), sizes)
-            values, codes = np.unique(np.asarray(labels)[rows], return_inverse=True)
-            out["labels"] = len(values)
-            pairs = len(np.unique(owner * len(values) + codes))
-            out["labels_per_client"] = pairs / max(int((sizes > 0).sum()), 1)
-        return out
-
-    def __str__(self) -> str:
-        lines = []
-        for name, value in self.items():
-            if name == "fields":
-                lines += [f"{'field ' + n:<20} {d}{list(s)}" for n, (s, d) in value.items()]
-            elif value not in ([], None):
-                text = (
-                    f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-                )
-                lines.append(f"{name.replace('_', ' '):<20} {text}")
-        return "\n".join(lines)

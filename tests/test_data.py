@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import fedjax_lab as fl
-from fedjax_lab.data import best_tile
+from fedjax_lab.description import best_tile
 
 RNG = np.random.default_rng(0)
 

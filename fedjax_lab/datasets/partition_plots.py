@@ -64,7 +64,7 @@ def label_counts(data: FederatedData | np.ndarray, labels: np.ndarray | None = N
             labels = checks.label_leaf(data.arrays)
             if labels is None:
                 raise ValueError("the data have no integer labels [rows] under 'y'; give labels=")
-            labels = np.asarray(labels)[data._rows()]
+            labels = np.asarray(labels)[data.rows_of()]
     else:
         owners = np.asarray(data)
         clients = int(owners.max(initial=-1)) + 1
