@@ -183,16 +183,18 @@ def _reproduce(argv: list[str]) -> int:
 
 def _show_checks(summaries: dict[str, dict[str, Any]]) -> bool:
     """Print all checks; whether none of those evaluated has failed."""
-    rows = []
+    done = [(name, common.Check(**c)) for name, summary in summaries.items() for c in summary["checks"]]
+    shown = common.check_table([check for _, check in done])
+    rows = [(name, *row) for (name, _), row in zip(done, shown.rows, strict=True)]
+    columns = ("experiment", *shown.columns)
+    common.Table(columns, rows).show("Published figures and ours", left=len(columns))
     for name, summary in summaries.items():
-        every = [common.Check(**c) for c in summary["checks"]]
-        every += [common.Check(ours=None, ok=None, **c) for c in summary["skipped"]]
-        rows += [(name, *row) for row in common.check_table(every).rows]
-    common.Table(("experiment", *common.check_table([]).columns), rows).show("Published figures and ours")
-    done = [check["ok"] for summary in summaries.values() for check in summary["checks"]]
-    skipped = sum(len(summary["skipped"]) for summary in summaries.values())
-    print(f"{sum(done)} of {len(done)} evaluated checks ok" + (f", {skipped} skipped" if skipped else ""))
-    return all(done)
+        for reason in dict.fromkeys(c["reason"] for c in summary["skipped"]):
+            names = [c["name"] for c in summary["skipped"] if c["reason"] == reason]
+            print(f"skipped, {name}, because {reason}: {'; '.join(names)}")
+    met, skipped = sum(bool(c.ok) for _, c in done), sum(len(s["skipped"]) for s in summaries.values())
+    print(f"{met} of {len(done)} evaluated checks ok, {skipped} skipped")
+    return met == len(done)
 
 
 # ---- the process ----

@@ -32,8 +32,8 @@ class Table(NamedTuple):
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
 
-    def show(self, title: str = "") -> None:
-        """Print it."""
+    def show(self, title: str = "", left: int = 1) -> None:
+        """Print it, its first ``left`` columns flush left and the others, numbers, flush right."""
         from rich import box
         from rich.console import Console
         from rich.markup import escape
@@ -41,7 +41,7 @@ class Table(NamedTuple):
 
         table = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for i, name in enumerate(self.columns):
-            table.add_column(escape(name), justify="left" if i == 0 else "right", overflow="fold")
+            table.add_column(escape(name), justify="left" if i < left else "right", overflow="fold")
         for row in self.rows:
             table.add_row(*(escape(str(cell)) for cell in row))
         console = Console()

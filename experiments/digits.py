@@ -90,7 +90,7 @@ def main(config: Config, out: Path) -> dict[str, Any]:
 def build(config: Config, data: fl.Split) -> dict[str, fl.Process]:
     """A process for each method."""
     model, optimizer = fl.models.mlp(10), optax.sgd(config.learning_rate)
-    work = {"epochs": config.epochs, "batch_size": config.batch_size}
+    work: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size}
     together = fl.uniform(config.cohort_size)
     return {
         FEDAVG: fl.synchronous(fedavg(model, optimizer, **work), data.train, together),

@@ -1,0 +1,87 @@
+"""The published figures of the FedProx experiment, and how ours compare."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+import fedjax_lab as fl
+from experiments.common import Check
+from experiments.fedprox_report import Row, title, values
+
+FIGURES = "Li et al. 2020, setting of figure 2; range of 3 data seeds of an independent implementation"
+CLAIM = "Li et al. 2020, section 5.3 and figures 1 and 2"
+
+# (data set, mu): training loss and test accuracy after 200 rounds without stragglers, lowest and highest seed
+RANGES = {
+    ("iid", 0): ((0.20, 0.37), (0.90, 0.93)),
+    ("iid", 1): ((0.69, 0.97), (0.68, 0.79)),
+    ("0,0", 0): ((0.62, 1.49), (0.71, 0.82)),
+    ("0,0", 1): ((0.43, 0.46), (0.84, 0.84)),
+    ("0.5,0.5", 0): ((0.71, 1.25), (0.77, 0.84)),
+    ("0.5,0.5", 1): ((0.36, 0.43), (0.82, 0.85)),
+    ("1,1", 0): ((0.44, 1.06), (0.85, 0.90)),
+    ("1,1", 1): ((0.28, 0.50), (0.82, 0.92)),
+}
+_MUST_AGREE = ("num_rounds", "cohort_size", "epochs", "batch_size", "learning_rate", "mu")
+
+
+def all_checks(config: Any, paper: Any, rows: Sequence[Row], results: Mapping[str, fl.Result]) -> list[Check]:
+    """Every check; those that these settings can't evaluate say why."""
+    other = [n for n in _MUST_AGREE if getattr(config, n) != getattr(paper, n)]
+    reason = "".join(f"{n} is {getattr(config, n):g} instead of {getattr(paper, n):g}" for n in other[:1])
+    checks = [_start(results)]
+    for (data, mu), ranges in RANGES.items():
+        for metric, range_ in zip(("train_loss", "test_accuracy"), ranges, strict=True):
+            checks.append(_in_range(rows, data, mu, metric, range_, reason))
+    for data in dict.fromkeys(data for data, _ in RANGES):
+        for metric in ("train_loss", "dissimilarity"):
+            checks.append(_ordering(rows, data, metric, 0.0, 3, reason))
+        if data != "iid":
+            checks.append(_ordering(rows, data, "train_loss", 0.9, 5, reason))
+    return checks
+
+
+def _start(results: Mapping[str, fl.Result]) -> Check:
+    worst = max((r.metrics[0]["global_loss"] for r in results.values()), key=lambda x: abs(x - math.log(10)))
+    return Check(
+        name="loss of the zero model", paper=round(math.log(10), 6), ours=worst, tolerance="1e-5",
+        ok=abs(worst - math.log(10)) < 1e-5, source="ln 10, in closed form",
+    )  # fmt: skip
+
+
+def _in_range(rows, data: str, mu: int, metric: str, wanted: tuple[float, float], reason: str) -> Check:
+    """Whether our seeds' range meets the published one.
+
+    Both are ranges of a few seeds of a noisy figure: even without any difference, each of ours would lie
+    outside a range of three with probability 1/2, and the ranges of three and three be apart in one case of ten.
+    """
+    ours = values(rows, metric, data, 0.0, "FedProx mu=1" if mu else "FedAvg")
+    reason = reason or ("" if len(ours) >= 3 else "it needs 3 seeds without stragglers")
+    low, high = wanted
+    figures = [round(float(v), 2) for v in ours]  # as the published ones are
+    meet = bool(figures) and min(figures) <= high and max(figures) >= low
+    return Check(
+        name=f"{title(data)} mu={mu}: {metric.replace('_', ' ')}", paper=f"{low:.2f} to {high:.2f}",
+        ours=[float(v) for v in ours], tolerance="the range of our seeds meets it",
+        ok=None if reason else meet, source=FIGURES, reason=reason,
+    )  # fmt: skip
+
+
+def _ordering(rows, data: str, metric: str, stragglers: float, seeds: int, reason: str) -> Check:
+    prox, avg = (values(rows, metric, data, stragglers, m) for m in ("FedProx mu=1", "FedAvg"))
+    both = min(len(prox), len(avg))
+    reason = reason or ("" if both >= seeds else f"it needs {seeds} seeds with {stragglers:.0%} stragglers")
+    lower = data != "iid"
+    ours, ok = None, False
+    if both:
+        as_claimed = int(np.sum(prox < avg) if lower else np.sum(prox > avg))
+        ours = {"mu=1": float(prox.mean()), "FedAvg": float(avg.mean()), "seeds": f"{as_claimed} of {both}"}
+        ok = bool((prox.mean() < avg.mean()) == lower)
+    return Check(
+        name=f"{title(data)}, {stragglers:.0%} stragglers: {metric.replace('_', ' ')}",
+        paper=f"{'lower' if lower else 'higher'} with mu=1 than with FedAvg",
+        ours=ours, tolerance=f"the mean over {both or seeds} seeds",
+        ok=None if reason else ok, source=CLAIM, reason=reason,
+    )  # fmt: skip
