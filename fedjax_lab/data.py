@@ -130,14 +130,9 @@ class FederatedData:
         arrays = jax.tree.map(np.asarray, arrays)
         if owners.ndim != 1:
             raise ValueError(f"client_ids must be one id per row, shape [rows]; got {owners.shape}")
-        if owners.dtype == object and len({type(i) for i in owners}) > 1 or (owners != owners).any():
+        if (owners.dtype == object and len({type(i) for i in owners}) > 1) or (owners != owners).any():
             raise ValueError("client_ids must be integers or strings, all of one kind, and none may be missing")
-        for name, leaf in checks.named_leaves(arrays):
-            if leaf.ndim == 0 or len(leaf) != len(owners):
-                got = "a scalar" if leaf.ndim == 0 else f"{len(leaf)} rows"
-                raise ValueError(f"field {name} has {got}, but client_ids has {len(owners)}")
-        if not len(owners):
-            raise ValueError("a federated data set needs at least one row; client_ids is empty")
+        checks.same_rows(arrays, len(owners))
         ids, inverse, sizes = np.unique(owners, return_inverse=True, return_counts=True)
         order = np.argsort(inverse, kind="stable")
         arrays = jax.tree.map(lambda a: a[order], arrays)
@@ -187,7 +182,9 @@ class FederatedData:
                 raise ValueError(f"attribute {name!r} must have one entry for each of {len(sizes)} clients")
             if checks.not_numeric(value):
                 raise ValueError(f"attribute {name!r} has dtype {value.dtype}; attributes must be numeric or boolean")
-        arrays = jax.tree.map(checks.device_dtype, arrays)
+        arrays = jax.tree_util.tree_map_with_path(
+            lambda path, a: checks.device_dtype(a, checks.path_name(path)), arrays
+        )
         data = cls(
             arrays, starts.astype(np.int32), sizes.astype(np.int32), attrs,
             Ids(ids), int(sizes.max()), best_tile(sizes),
