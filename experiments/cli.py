@@ -35,12 +35,11 @@ class RunOptions:
     """How to run."""
 
     out: Path | None = None
-    """Folder to write to; by default a new one, runs/NAME-DATE-TIME. Giving the folder of a run that was
-    interrupted, with the same settings, goes on with it."""
+    """Folder to write to, by default a new one, runs/NAME-DATE-TIME; one that was interrupted is gone on with."""
     quick: bool = False
     """Start from tiny settings, which take seconds and only show that everything works."""
     cache: bool = True
-    """Keep compiled programs for the next run, in the user's cache folder."""
+    """Whether compiled programs are kept for the next run, in the user's cache folder."""
     debug: bool = False
     """Show the whole traceback of an error."""
 
@@ -58,7 +57,7 @@ class ReproduceOptions:
     data_dir: str | None = None
     """Folder with the data sets, such as mnist/; by default FEDJAX_LAB_DATA."""
     cache: bool = True
-    """Keep compiled programs for the next run, in the user's cache folder."""
+    """Whether compiled programs are kept for the next run, in the user's cache folder."""
     debug: bool = False
     """Show the whole traceback of an error."""
 
@@ -128,8 +127,8 @@ def _settings(name: str, module: ModuleType, argv: list[str]) -> tuple[Any, RunO
     both = dataclasses.make_dataclass(
         "Settings",
         [
-            ("config", tyro.conf.OmitArgPrefixes[module.Config], dataclasses.field(default=default)),
-            ("options", tyro.conf.OmitArgPrefixes[RunOptions], dataclasses.field(default=RunOptions())),
+            ("experiment", tyro.conf.OmitArgPrefixes[module.Config], dataclasses.field(default=default)),
+            ("command", tyro.conf.OmitArgPrefixes[RunOptions], dataclasses.field(default=RunOptions())),
         ],
         frozen=True,
     )
@@ -137,7 +136,7 @@ def _settings(name: str, module: ModuleType, argv: list[str]) -> tuple[Any, RunO
     given = tyro.cli(
         tyro.conf.FlagCreatePairsOff[both], args=argv, prog=f"{PROGRAM} run {name}", description=description
     )
-    return given.config, given.options
+    return given.experiment, given.command
 
 
 def execute(name: str, module: ModuleType, config: Any, out: Path) -> dict[str, Any]:

@@ -51,10 +51,9 @@ CELLS = {cell.name: cell for cell in (Cell(*key) for key in PUBLISHED)}
 @dataclasses.dataclass(frozen=True)
 class Config:
     cells: tuple[str, ...] = ("iid/0/10", "iid/0.1/10", "iid/0.2/10", "iid/0.1/inf", "shards/0.1/10")
-    """Cells of the table as PARTITION/C/B, with iid or shards, C of 0 (one client), 0.1, 0.2, 0.5, 1, and B of 10
-    or inf; or all."""
+    """Cells of the table: (iid or shards)/(C of 0 for one client, 0.1, 0.2, 0.5, 1)/(B of 10 or inf); or all."""
     learning_rates_iid: tuple[float, ...] = (0.2, 0.1)
-    """Tried for iid cells with B=10; the best counts. The first ones to reach the target bound the others."""
+    """Tried for iid cells with B=10; the best counts."""
     learning_rates_shards: tuple[float, ...] = (0.05,)
     """Tried for shards cells with B=10."""
     learning_rates_full_batch: tuple[float, ...] = (0.5,)

@@ -29,8 +29,7 @@ def load(wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], fl.Split]:
 def _draw(name: str, seed: int) -> fl.Split:
     if name == "iid":
         return fl.datasets.synthetic_iid(CLIENTS, seed=seed)
-    alpha, beta = map(float, name.split(","))
-    return fl.datasets.synthetic(alpha, beta, CLIENTS, seed=seed)
+    return fl.datasets.synthetic(float(name), float(name), CLIENTS, seed=seed)
 
 
 def same_shapes(data: Sequence[fl.FederatedData]) -> list[fl.FederatedData]:

@@ -14,7 +14,7 @@ Row = Mapping[str, Any]
 
 def title(data: str) -> str:
     """A data set's name as the paper writes it."""
-    return "Synthetic-IID" if data == "iid" else f"Synthetic({data})"
+    return "Synthetic-IID" if data == "iid" else f"Synthetic({data},{data})"
 
 
 def values(rows: Sequence[Row], metric: str, data: str, stragglers: float, method: str) -> np.ndarray:

@@ -3,7 +3,8 @@
 Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, section 5 and figures 1 and 2. Thirty
 clients with power-law sizes, softmax regression from zero, 10 clients a round, 20 local epochs of SGD. Where
 clients straggle, FedAvg leaves them out and FedProx takes the 1 to 19 epochs that they managed. In the paper's code
-a fixed number of each round's clients straggles; here each one does with the given probability.
+a fixed number of each round's clients straggles; here each one does with the given probability. (Seed 3 is left out
+by default: it draws a client of 37,867 examples, which would take most of the time.)
 """
 
 import dataclasses
@@ -19,13 +20,13 @@ from experiments import common, fedprox_report
 from experiments.fedprox_checks import all_checks
 from experiments.fedprox_data import Measure, load
 
-DataSet = Literal["iid", "0,0", "0.5,0.5", "1,1"]
+DataSet = Literal["iid", "0", "0.5", "1"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    data_sets: tuple[DataSet, ...] = ("iid", "0,0", "0.5,0.5", "1,1")
-    """Which data sets: iid, or alpha,beta, how much the clients' models and inputs differ."""
+    data_sets: tuple[DataSet, ...] = ("iid", "0", "0.5", "1")
+    """Which data sets: iid, or alpha = beta, how much the clients' models and inputs differ."""
     mu: float = 1.0
     """FedProx's mu, beside 0."""
     stragglers: tuple[float, ...] = (0.0, 0.5, 0.9)
@@ -33,8 +34,7 @@ class Config:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of data and training; with more than half of the clients straggling, those of many_seeds."""
     many_seeds: tuple[int, ...] = (0, 1, 2, 4, 5)
-    """Seeds where most clients straggle, which is noisier. Seed 3 drew a client of 37,867 examples, which would
-    take most of the time."""
+    """Seeds where most clients straggle, which is noisier."""
     num_rounds: int = 200
     """Rounds."""
     cohort_size: int = 10
@@ -57,7 +57,7 @@ class Config:
 
 
 PAPER = Config()
-QUICK = Config(data_sets=("iid", "1,1"), stragglers=(0.5,), seeds=(7,), num_rounds=4, epochs=2, every=2)
+QUICK = Config(data_sets=("iid", "1"), stragglers=(0.5,), seeds=(7,), num_rounds=4, epochs=2, every=2)
 
 
 class Cell(NamedTuple):

@@ -15,7 +15,7 @@ MODEL = fl.models.logistic_regression(10)
 
 @pytest.fixture(scope="module")
 def data():
-    return fedprox_data.load([("0,0", 10), ("iid", 7)])
+    return fedprox_data.load([("0", 10), ("iid", 7)])
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def by_hand(kernel, bias, split):
     return np.average(losses, weights=sizes), np.concatenate(right).mean(), apart
 
 
-@pytest.mark.parametrize("key", [("0,0", 10), ("iid", 7)])
+@pytest.mark.parametrize("key", [("0", 10), ("iid", 7)])
 def test_measures_are_those_of_the_closed_form(data, key):
     rng = np.random.default_rng(0)
     kernel, bias = rng.normal(size=(60, 10)), rng.normal(size=10)
@@ -62,7 +62,7 @@ def test_measures_are_those_of_the_closed_form(data, key):
 
 
 def test_shared_shapes_hold_the_same_clients(data):
-    a, b = (data[key].train for key in (("0,0", 10), ("iid", 7)))
+    a, b = (data[key].train for key in (("0", 10), ("iid", 7)))
     assert jax.tree.structure(a) == jax.tree.structure(b)
     assert jax.tree.map(np.shape, a) == jax.tree.map(np.shape, b)
     plain = fl.datasets.synthetic_iid(30, seed=7).train
@@ -79,13 +79,13 @@ def test_a_run_in_shared_shapes_is_that_of_the_data_alone(out):
     process = fl.synchronous(algorithm, split.train, fl.uniform(10))
     alone = fl.run(process, config.num_rounds, 7)
     _, runs = read_folder(out)
-    ours = runs["1,1 stragglers=0.5 FedProx mu=1 seed=7"]
+    ours = runs["1 stragglers=0.5 FedProx mu=1 seed=7"]
     np.testing.assert_allclose([r["loss"] for r in ours[1:]], [r["loss"] for r in alone.metrics], rtol=1e-5)
 
 
 def test_fedavg_drops_whom_fedprox_lets_do_less(out):
     _, runs = read_folder(out)
-    for name in ("iid", "1,1"):
+    for name in ("iid", "1"):
         dropped = runs[f"{name} stragglers=0.5 FedAvg seed=7"][1:]
         partial = runs[f"{name} stragglers=0.5 FedProx mu=0 seed=7"][1:]
         assert [r["survivors"] for r in partial] == [10] * 4
@@ -123,14 +123,14 @@ def verdicts(rows, config=fedprox_synthetic.PAPER):
 
 def test_ranges_are_met_or_missed():
     name = "Synthetic(0,0) mu=1: train loss"
-    at = lambda *losses: verdicts(rows("0,0", "FedProx mu=1", 0.0, losses))[name]
+    at = lambda *losses: verdicts(rows("0", "FedProx mu=1", 0.0, losses))[name]
     assert at(0.40, 0.41, 0.434).ok  # 0.434 is 0.43
     assert not at(0.40, 0.41, 0.424).ok
     assert not at(0.47, 0.5, 0.6).ok
     assert at(0.40, 0.41, 0.5).ok  # around the published range
     few = at(0.44, 0.45)
     assert few.ok is None and "3 seeds" in few.reason
-    assert verdicts(rows("0,0", "FedProx mu=1", 0.0, [0.44] * 3))["Synthetic(0,0) mu=1: test accuracy"].ok
+    assert verdicts(rows("0", "FedProx mu=1", 0.0, [0.44] * 3))["Synthetic(0,0) mu=1: test accuracy"].ok
 
 
 def test_orderings_go_the_other_way_for_iid():
@@ -138,17 +138,17 @@ def test_orderings_go_the_other_way_for_iid():
         both = rows(data, "FedProx mu=1", stragglers, prox) + rows(data, "FedAvg", stragglers, avg)
         return verdicts(both)[f"{fedprox_report.title(data)}, {stragglers:.0%} stragglers: train loss"]
 
-    assert at("1,1", [1, 1, 1], [2, 2, 0.5]).ok
-    assert at("1,1", [1, 1, 1], [2, 2, 0.5]).ours == {"mu=1": 1.0, "FedAvg": 1.5, "seeds": "2 of 3"}
-    assert not at("1,1", [2, 2, 2], [1, 1, 1]).ok
+    assert at("1", [1, 1, 1], [2, 2, 0.5]).ok
+    assert at("1", [1, 1, 1], [2, 2, 0.5]).ours == {"mu=1": 1.0, "FedAvg": 1.5, "seeds": "2 of 3"}
+    assert not at("1", [2, 2, 2], [1, 1, 1]).ok
     assert at("iid", [2, 2, 2], [1, 1, 1]).ok
     assert not at("iid", [1, 1, 1], [2, 2, 2]).ok
-    assert at("0,0", [1] * 5, [2] * 5, 0.9).ok
-    assert at("0,0", [1] * 4, [2] * 4, 0.9).ok is None  # five seeds with 90%
+    assert at("0", [1] * 5, [2] * 5, 0.9).ok
+    assert at("0", [1] * 4, [2] * 4, 0.9).ok is None  # five seeds with 90%
 
 
 def test_other_settings_are_not_judged():
-    checks = verdicts(rows("0,0", "FedProx mu=1", 0.0, [0.44] * 3), fedprox_synthetic.Config(epochs=5))
+    checks = verdicts(rows("0", "FedProx mu=1", 0.0, [0.44] * 3), fedprox_synthetic.Config(epochs=5))
     judged = [name for name, c in checks.items() if c.ok is not None]
     assert judged == ["loss of the zero model"]
     assert checks["Synthetic(0,0) mu=1: train loss"].reason == "epochs is 5 instead of 20"
@@ -158,7 +158,7 @@ def test_bad_settings_are_named(capsys):
     for argv, told in (
         (["--mu", "-1"], "mu must be"),
         (["--seeds", "1", "1"], "seeds must name"),
-        (["--data-sets", "2,2"], "0.5,0.5"),
+        (["--data-sets", "2,2"], "0.5"),
         (["--stragglers", "1.5"], "fraction"),
     ):
         assert cli.main(["run", "fedprox_synthetic", "--no-cache", *argv]) == 2
