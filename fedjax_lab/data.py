@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lab import checks
+from fedjax_lab import checks, data_checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.description import Description, best_tile
 
@@ -96,16 +96,16 @@ class FederatedData:
             different lengths, shapes or fields that differ between clients, a duplicate id, non-finite
             values.
         """
-        pairs = checks.client_pairs(clients)
+        pairs = data_checks.client_pairs(clients)
         if not pairs:
             raise ValueError("a federated data set needs at least one client; got none")
         ids = [k for k, _ in pairs]
         checks.unique_ids(ids)
         for client, tree in pairs:
-            checks.no_frame(tree, f"client {client!r}")
+            data_checks.no_frame(tree, f"client {client!r}")
         trees = [jax.tree.map(np.asarray, tree) for _, tree in pairs]
-        sizes = np.array([checks.client_rows(i, t) for i, t in zip(ids, trees, strict=True)])
-        checks.same_structure(ids, trees)
+        sizes = np.array([data_checks.client_rows(i, t) for i, t in zip(ids, trees, strict=True)])
+        data_checks.same_structure(ids, trees)
         # Without the empty ones: np.array([]) has a type of its own, float64, which nobody meant.
         full = lambda leaves: [leaf for leaf in leaves if len(leaf)] or leaves
         arrays = jax.tree.map(lambda *leaves: np.concatenate(full(leaves)), *trees)
@@ -125,14 +125,14 @@ class FederatedData:
         Clients are ordered by id; the rows of a client keep their order. Raises as
         :meth:`from_clients` does.
         """
-        checks.no_frame(arrays, "from_arrays")
+        data_checks.no_frame(arrays, "from_arrays")
         owners = np.asarray(client_ids)
         arrays = jax.tree.map(np.asarray, arrays)
         if owners.ndim != 1:
             raise ValueError(f"client_ids must be one id per row, shape [rows]; got {owners.shape}")
         if (owners.dtype == object and len({type(i) for i in owners}) > 1) or (owners != owners).any():
             raise ValueError("client_ids must be integers or strings, all of one kind, and none may be missing")
-        checks.same_rows(arrays, len(owners))
+        data_checks.same_rows(arrays, len(owners))
         ids, inverse, sizes = np.unique(owners, return_inverse=True, return_counts=True)
         order = np.argsort(inverse, kind="stable")
         arrays = jax.tree.map(lambda a: a[order], arrays)
@@ -148,7 +148,7 @@ class FederatedData:
           num_clients: clients without a row exist too, and are empty; by default up to the largest.
         """
         assignment = np.asarray(assignment)
-        checks.assignment(assignment, arrays, num_clients)
+        data_checks.assignment(assignment, arrays, num_clients)
         count = int(assignment.max(initial=-1)) + 1 if num_clients is None else num_clients
         order = np.argsort(assignment, kind="stable")
         order = order[np.searchsorted(assignment[order], 0) :]
@@ -180,17 +180,17 @@ class FederatedData:
         for name, value in attrs.items():
             if value.ndim == 0 or len(value) != len(sizes):
                 raise ValueError(f"attribute {name!r} must have one entry for each of {len(sizes)} clients")
-            if checks.not_numeric(value):
+            if data_checks.not_numeric(value):
                 raise ValueError(f"attribute {name!r} has dtype {value.dtype}; attributes must be numeric or boolean")
         arrays = jax.tree_util.tree_map_with_path(
-            lambda path, a: checks.device_dtype(a, checks.path_name(path)), arrays
+            lambda path, a: data_checks.device_dtype(a, checks.path_name(path)), arrays
         )
         data = cls(
             arrays, starts.astype(np.int32), sizes.astype(np.int32), attrs,
             Ids(ids), int(sizes.max()), best_tile(sizes),
         )  # fmt: skip
         if validate:
-            checks.finite(data)
+            data_checks.finite(data)
         return data
 
     # ---- reading ----
@@ -237,7 +237,7 @@ class FederatedData:
         start = jnp.asarray(self.starts)[k]
         return ClientData(
             self.arrays, start, size, jnp.int32(0), size, index, attrs, env,
-            max_size=self.max_size, tile=self.tile,
+            max_size=self.max_size, tile=self.tile, population=self.num_clients,
         )  # fmt: skip
 
     def describe(self) -> Description:
@@ -301,7 +301,7 @@ class FederatedData:
         Raises:
           ValueError: what isn't a position, or a client twice.
         """
-        indices = checks.positions(indices, self.num_clients)
+        indices = data_checks.positions(indices, self.num_clients)
         sizes = np.asarray(self.sizes)[indices]
         return self._take(self.rows_of(indices), sizes, indices)
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_lab import checks, reading
+from fedjax_lab import checks, data_checks, reading
 from fedjax_lab.data import FederatedData, Split
 
 PyTree = Any
@@ -87,7 +87,7 @@ def _read_part(folder: pathlib.Path, encode: Encode) -> dict[str, PyTree]:
                 raise ValueError(f"{file}: user {user!r} is also in {origin[user]}")
             try:
                 users[user], origin[user] = encode(examples["x"], examples["y"]), file
-                checks.client_rows(user, jax.tree.map(np.asarray, users[user]))
+                data_checks.client_rows(user, jax.tree.map(np.asarray, users[user]))
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{file}, user {user!r}: {error}") from error
             rows = len(jax.tree.leaves(users[user])[0])

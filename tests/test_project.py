@@ -22,7 +22,7 @@ OPTIONAL = (
 )  # fmt: skip
 COMMAND_LINE = ("argparse", "tyro")
 # What everything else in fedjax_lab builds on, and which knows none of it.
-CORE = ("checks", "shuffle", "client", "data", "models", "round", "aggregators", "local")
+CORE = ("checks", "data_checks", "shuffle", "client", "data", "models", "round", "aggregators", "local")
 ABOVE_CORE = (
     "datasets", "transforms", "wire", "schedules", "privacy", "analytics", "diagnostics",
     "sampling", "cohort", "simulation", "evaluation", "run", "oracle",
