@@ -27,5 +27,6 @@ def fedadam(
       tau: degree of adaptivity.
       **local_work: as for :func:`algorithms.fedavg.fedavg`.
     """
+    fl.checks.probability(beta2, "beta2")
     server = adaptive(lambda v, square: beta2 * v + (1 - beta2) * square, server_learning_rate, beta1, tau)
     return fedopt(model, client_optimizer, server_optimizer=server, **local_work)

@@ -43,6 +43,8 @@ def fedavg(
       keep_optimizer_state: each client keeps its optimizer's state between its rounds, rather than
         starting afresh.
     """
+    fl.checks.optimizer(server_optimizer, "server_optimizer")
+    fl.checks.weighting(weighting)
     local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size)
 
     def init(key, data, params=None):

@@ -27,6 +27,6 @@ def fedavgm(
       **local_work: as for :func:`algorithms.fedavg.fedavg`.
     """
     fl.checks.positive(server_learning_rate, "server_learning_rate")
-    fl.checks.not_negative(momentum, "momentum")
+    fl.checks.probability(momentum, "momentum")
     server = optax.sgd(server_learning_rate, momentum=momentum)
     return fedopt(model, client_optimizer, server_optimizer=server, **local_work)

@@ -57,7 +57,7 @@ def adaptive(
     """
     for value, name in ((learning_rate, "server_learning_rate"), (tau, "tau")):
         fl.checks.positive(value, name)
-    fl.checks.not_negative(beta1, "beta1")
+    fl.checks.probability(beta1, "beta1")
 
     def init(params):
         return Moments(

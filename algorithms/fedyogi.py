@@ -29,6 +29,7 @@ def fedyogi(
       tau: degree of adaptivity.
       **local_work: as for :func:`algorithms.fedavg.fedavg`.
     """
+    fl.checks.probability(beta2, "beta2")
     server = adaptive(
         lambda v, square: v - (1 - beta2) * square * jnp.sign(v - square),
         server_learning_rate,

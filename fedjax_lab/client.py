@@ -25,6 +25,7 @@ class ClientData:
       env: the round's public facts (:class:`fedjax_lab.Env`), or ``()`` outside a round.
       max_size: a static bound of ``size`` over the population.
       tile: static, how many rows :meth:`fold` best reads at once when order doesn't matter.
+      population: static, the number of clients; ``None`` outside a round.
     """
 
     arrays: PyTree
@@ -38,6 +39,7 @@ class ClientData:
     max_size: int = dataclasses.field(metadata={"static": True})
     tile: int = dataclasses.field(metadata={"static": True})
     shuffled: bool = dataclasses.field(default=False, metadata={"static": True})
+    population: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def take(self, positions: jax.Array) -> PyTree:
         """The examples at ``positions`` of this view, ``int[n]`` -> leaves ``[n, ...]``.

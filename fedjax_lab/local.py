@@ -21,7 +21,12 @@ Work = int | Callable[[ClientData, jax.Array], jax.Array]
 
 def optimizer_of_round(optimizer: ClientOptimizer, round_number: Any) -> optax.GradientTransformation:
     """The optimizer itself, or the one that a schedule over rounds gives for ``round_number``."""
-    return optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(round_number)
+    if isinstance(optimizer, optax.GradientTransformation):
+        return optimizer
+    chosen = optimizer(round_number)
+    if not isinstance(chosen, optax.GradientTransformation):
+        raise ValueError(f"the client optimizer of a round must be an optax optimizer; got {checks.shown(chosen)}")
+    return chosen
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
@@ -34,7 +39,9 @@ def gradient_oracle(loss: Callable) -> Oracle:
 
     def mean_loss(params, inputs, key):
         model_state, batch, mask = inputs
-        losses, model_state = loss(params, model_state, batch, mask, key, True)
+        result = loss(params, model_state, batch, mask, key, True)
+        losses, model_state = checks.pair(result, "a model's loss", "(losses: float[batch], model_state)")
+        checks.per_example(losses, mask, "loss")
         return masked_mean(losses, mask), model_state
 
     def oracle(params, inputs, key):
@@ -90,8 +97,11 @@ def local_training(
       :class:`fedjax_lab.round.LocalTraining`.
 
     Raises:
-      ValueError: work or batch size that isn't positive, or both ``epochs`` and ``steps``.
+      ValueError: work or batch size that isn't positive, or both ``epochs`` and ``steps``; what is no model or
+        no optimizer. An optimizer doesn't show its learning rate: that one isn't checked.
     """
+    checks.model(model)
+    checks.client_optimizer(optimizer)
     if epochs is not None and steps is not None:
         raise ValueError("give epochs= or steps=, not both")
     work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
@@ -111,6 +121,8 @@ def local_training(
             optimizer_of_round(optimizer, client.env.round if callable(optimizer) else 0)
         )
         amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work
+        if jnp.shape(amount) or not jnp.issubdtype(jnp.result_type(amount), jnp.integer):
+            raise ValueError(f"the function given as {unit} must give one integer; it gives {checks.shown(amount)}")
         pieces = batch_size is None and client.max_size > client.tile
         objective = tilt(_in_pieces(oracle, client) if pieces else oracle)
 
@@ -159,10 +171,14 @@ def _full_batch_loop(step, carry, client, trips, amount, key, static, pieces):
 def mean_over_client(function: Callable[[PyTree, jax.Array], dict[str, jax.Array]], client: ClientData) -> dict:
     """Means over a client's examples of ``function(batch, mask) -> {name: float[batch]}``; 0 if empty."""
     shapes = jax.eval_shape(lambda: function(*_first(client)))
+    if not isinstance(shapes, dict):
+        raise ValueError(f"a model's metrics must be a dict {{name: float[batch]}}; got {checks.shown(shapes)}")
     zeros = {name: jnp.zeros((), jnp.float32) for name in shapes}
 
     def add(sums, batch, mask, positions, key):
         values = function(batch, mask)
+        for name in sums:
+            checks.per_example(values[name], mask, name)
         return {n: sums[n] + jnp.sum(jnp.where(mask, values[n].astype(jnp.float32), 0)) for n in sums}
 
     sums = client.fold(add, zeros)
@@ -189,11 +205,13 @@ def client_weight(weighting: Any, client: ClientData) -> jax.Array:
     Args:
       weighting: ``"examples"``, ``"uniform"``, or an array ``float[population]`` of the ``p_k``.
       client: whose weight it is.
+
+    Raises:
+      ValueError: while a Process is built, for another word, or an array of another length or of numbers that
+        can't be weights.
     """
+    checks.weighting(weighting, getattr(client, "population", None))
     if isinstance(weighting, str):
-        if weighting not in ("examples", "uniform"):
-            near = checks.nearest(weighting, ("examples", "uniform"))
-            raise ValueError(f"weighting must be 'examples', 'uniform' or an array; got {weighting!r}{near}")
         weight = client.size if weighting == "examples" else 1
     else:
         table = jnp.asarray(weighting, jnp.float32)

@@ -40,8 +40,7 @@ class Process(NamedTuple):
 
 def typed_key(key: Any) -> jax.Array:
     """A typed PRNG key from one, from an old-style ``uint32[2]``, or from an integer seed."""
-    if isinstance(key, int):
-        return jax.random.key(key)
-    if jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
+    kind = getattr(key, "dtype", None)
+    if kind is not None and jax.numpy.issubdtype(kind, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(key)
+    return jax.random.wrap_key_data(key) if kind is not None and key.ndim else jax.random.key(key)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.models.base import Variables
 
@@ -198,9 +199,21 @@ Transform = Callable[[Round], Round]
 
 
 def compose(round: Round, *transforms: Transform) -> Round:
-    """Apply transforms in reading order: ``compose(r, f, g)`` is ``g(f(r))``."""
-    for transform in transforms:
-        round = transform(round)
+    """Apply transforms in reading order: ``compose(r, f, g)`` is ``g(f(r))``.
+
+    Raises:
+      ValueError: the first argument is no Round, or another one no transform.
+    """
+    if not isinstance(round, Round):
+        raise ValueError(f"compose(round, *transforms) takes a Round first; got {checks.shown(round)}")
+    for number, transform in enumerate(transforms, 1):
+        made = transform(round) if callable(transform) else None
+        if not isinstance(made, Round):
+            raise ValueError(
+                f"transform {number} of compose(round, *transforms) gives no Round: {checks.shown(transform)}. "
+                "A transform is made by calling, such as fl.transforms.proximal(mu=0.1)"
+            )
+        round = made
     return round
 
 

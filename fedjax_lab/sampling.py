@@ -90,8 +90,7 @@ def weighted(cohort_size: int, weights: Any = None) -> Sampler:
 
     def init(data):
         w = np.asarray(data.sizes if weights is None else weights)
-        if w.shape != (data.num_clients,) or not (w >= 0).all():
-            raise ValueError(f"weights must be {data.num_clients} non-negative numbers; got shape {w.shape}")
+        checks.weights(w, "weights", data.num_clients)
         if cohort_size > (w > 0).sum():
             raise ValueError(f"cohort_size {cohort_size} exceeds the {(w > 0).sum()} clients of positive weight")
         return ()
@@ -106,6 +105,7 @@ def weighted(cohort_size: int, weights: Any = None) -> Sampler:
 def dropout(sampler: Sampler, rate: float) -> Sampler:
     """Each invited client fails to answer with probability ``rate``, independently in every round."""
     checks.probability(rate, "rate")
+    check_sampler(sampler)
 
     def sample(state, key, data, probe):
         ids, present, state = sampler.sample(state, key, data, probe)
@@ -122,9 +122,16 @@ def drop_stragglers(sampler: Sampler, fraction: float) -> Sampler:
     compared in the same rounds.
     """
     checks.probability(fraction, "fraction")
+    check_sampler(sampler)
 
     def sample(state, key, data, probe):
         ids, present, state = sampler.sample(state, key, data, probe)
         return ids, present & ~jax.vmap(lambda i: straggles(key, i, fraction))(ids), state
 
     return sampler._replace(sample=sample)
+
+
+def check_sampler(sampler: object) -> None:
+    """Refuse what isn't a Sampler: a cohort size, or a function that makes one."""
+    if not isinstance(sampler, Sampler):
+        raise ValueError(f"sampler must be a Sampler, such as fl.uniform(10); got {checks.shown(sampler)}")

@@ -20,7 +20,7 @@ from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
 from fedjax_lab.process import Process, typed_key
 from fedjax_lab.round import Round, nbytes
-from fedjax_lab.sampling import Sampler, everyone
+from fedjax_lab.sampling import Sampler, check_sampler, everyone
 
 PyTree = Any
 
@@ -60,9 +60,14 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
 
     Raises:
       ValueError: a cohort larger than the population, labels that the model can't have, a Round whose
-        state changes shape or type; all before anything is compiled.
+        state changes shape or type, arguments of another kind; all before anything is compiled.
     """
     sampler = everyone() if sampler is None else sampler
+    if not isinstance(round, Round):
+        made = "call it with a model: fedavg(model, optax.sgd(0.1))" if callable(round) else "build one from algorithms"
+        raise ValueError(f"synchronous(round, data, sampler) takes a Round first; got {checks.shown(round)}: {made}")
+    checks.federated(data, "the data of synchronous(round, data, sampler)")
+    check_sampler(sampler)
     sampler.init(data)
     jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
     data = data.on_device()

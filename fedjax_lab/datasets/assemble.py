@@ -51,6 +51,9 @@ def to_split(
 def assign(partition: Partition, columns: Columns, seed: int) -> np.ndarray:
     """What a partitioner (perhaps the user's own) answers, checked."""
     rows = num_rows(columns, 1)
+    if not callable(partition):
+        raise ValueError(f"partition must be a partitioner, such as iid(100); got {checks.shown(partition)}")
+    checks.not_negative(seed, "seed", integer=True)
     owners = np.asarray(partition(columns, seed))
     if owners.shape != (rows,) or owners.dtype.kind not in "iu":
         raise ValueError(

@@ -50,15 +50,16 @@ def initial_variables(model: Model, key: jax.Array, data: Any, params: PyTree = 
       params: parameters to start from instead; the model state still comes from the model.
 
     Raises:
-      ValueError: labels outside the model's classes, or ``params`` of another structure or shape.
+      ValueError: labels outside the model's classes, or ``params`` of another structure, shape or kind.
     """
     if model.num_classes is not None:
         checks.labels_in_range(data, model.num_classes)
     if model.init_from is not None:
         sample = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), data.arrays)
-        own, model_state = model.init_from(key, sample)
+        made = model.init_from(key, sample)
     else:
-        own, model_state = model.init(key)
+        made = model.init(key)
+    own, model_state = checks.pair(made, "a model's init", "(params, model_state)")
     if params is not None:
         _same_shapes(params, own)
     start = Variables(own if params is None else params, model_state)
@@ -75,6 +76,8 @@ def _same_shapes(given: PyTree, own: PyTree) -> None:
     for (name, a), (_, b) in zip(checks.named_leaves(given), checks.named_leaves(own), strict=True):
         if np.shape(a) != np.shape(b):
             raise ValueError(f"params leaf {name} has shape {np.shape(a)}, the model's has {np.shape(b)}")
+        if jnp.issubdtype(jnp.result_type(b), jnp.inexact) != jnp.issubdtype(jnp.result_type(a), jnp.inexact):
+            raise ValueError(f"params leaf {name} is {jnp.result_type(a)}, the model's is {jnp.result_type(b)}")
 
 
 def difference(new: PyTree, old: PyTree) -> PyTree:

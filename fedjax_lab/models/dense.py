@@ -84,6 +84,8 @@ def mlp(
       input_shape: one example's shape; ``None`` takes it from the data.
       activation: of the hidden layers.
     """
+    if isinstance(hidden, int | float):
+        raise ValueError(f"hidden must list the units of each layer, for instance ({hidden},); got {hidden}")
     for units in hidden:
         checks.positive(units, "hidden", integer=True, unit=" of units in each layer")
     module = Dense(_count(num_classes), tuple(hidden), activation)
