@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lab import aggregators
+from fedjax_lab import aggregators, checks
 from fedjax_lab.cohort import ClientStates, balanced_lanes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_over_client
@@ -81,6 +81,9 @@ def client_metrics(
         ``test``; the only way for unseen ones.
       personal: evaluate each client's personalised model (``Round.personalize``).
     """
+    checks.federated(test, "what to evaluate on")
+    if support is not None:
+        checks.federated(support, "support")
     if support is not None and list(support.ids) != list(test.ids):
         raise ValueError("support must hold the same clients as test, in the same order")
     here, adapt = test.on_device(), None if support is None else support.on_device()
@@ -88,6 +91,8 @@ def client_metrics(
 
     def compute(process: Process, state) -> ClientMetrics:
         if (made := compiled.get(id(process.round))) is None:
+            # Checks the examples against the model, and computes nothing.
+            jax.eval_shape(lambda key: process.round.init(key, test), jax.random.key(0))
             home = _positions(test, process.data)
             made = compiled[id(process.round)] = (
                 process.round,
@@ -200,8 +205,8 @@ def combined(*evaluations: Evaluate) -> Evaluate:
 
 
 def pooled(metrics: ClientMetrics) -> dict[str, float]:
-    """Means over all examples."""
-    total = max(float(metrics.examples.sum()), 1.0)
+    """Means over all examples; NaN where no client has a finite value, as when training diverged."""
+    total = float(metrics.examples.sum()) or np.nan
     return {n: float((v.astype(np.float64) * metrics.examples).sum() / total) for n, v in metrics.values.items()}
 
 
@@ -213,6 +218,7 @@ def summarise(metrics: ClientMetrics, names: Sequence[str] | None = None, prefix
     overall, out = pooled(metrics), {}
     for name in names or metrics.values:
         values = np.sort(metrics.values[name][metrics.examples > 0].astype(np.float64))
+        values = values if len(values) else np.array([np.nan])
         worst = values[::-1] if any(word in name for word in WORSE_WHEN_HIGHER) else values
         tenth = max(1, -(-len(values) // 10))
         out |= {

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def run(
     """
     num_rounds, every = _integer(num_rounds, "num_rounds", 0), _integer(every, "every", 1)
     seed = _integer(seed, "seed", 0)
-    _check(process, evaluate, resume, checkpoint_every)
+    _check(process, evaluate, resume, checkpoint_every, params)
     callbacks = _callbacks(callbacks)
     folder, config = None if out is None else Path(out), run_folder.plain_config(config)
     if folder is not None:
@@ -145,21 +145,22 @@ def _integer(value: Any, name: str, least: int) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be an integer; got {value!r}") from None
+        raise ValueError(f"{name} must be an integer; got {checks.shown(value)}") from None
     if isinstance(value, bool) or not least <= number < 2**32:
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
     return number
 
 
 def _callbacks(callbacks: Any) -> tuple[Callback, ...]:
-    every = (callbacks,) if callable(callbacks) else tuple(callbacks)
+    every = (callbacks,) if callable(callbacks) else callbacks
+    every = tuple(every if isinstance(every, Iterable) else (every,))
     for callback in every:
         if not callable(callback):
             raise ValueError(f"a callback must be a function of one Info; got {callback!r}")
     return every
 
 
-def _check(process: Any, evaluate: Any, resume: Any, checkpoint_every: Any) -> None:
+def _check(process: Any, evaluate: Any, resume: Any, checkpoint_every: Any, params: Any) -> None:
     if not callable(getattr(process, "step", None)):
         raise ValueError(
             f"run takes a Process, such as fl.synchronous(round, data) makes; got {type(process).__name__}"
@@ -169,3 +170,6 @@ def _check(process: Any, evaluate: Any, resume: Any, checkpoint_every: Any) -> N
     if resume not in (True, False, "anyway"):
         raise ValueError(f"resume must be True, False or 'anyway'; got {resume!r}")
     checks.not_negative(checkpoint_every, "checkpoint_every")
+    for name, leaf in checks.named_leaves(params):
+        if checks.not_finite(leaf):
+            raise ValueError(f"params leaf {name} is NaN or infinite in places: nothing could be trained from it")
