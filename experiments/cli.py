@@ -70,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # tyro, after showing help or what it didn't understand
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
-        print("interrupted: the same command with the same --out goes on where it was", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
         _complain(error, "--debug" in argv)
@@ -145,7 +144,12 @@ def execute(name: str, module: ModuleType, config: Any, out: Path) -> dict[str, 
     begin = time.monotonic()
     common.open_folder(out, name, config)
     print(f"{name}: {registry.headline(module)}\nwriting to {out}", flush=True)
-    summary = {"experiment": name, **module.main(config, out), "seconds": round(time.monotonic() - begin, 2)}
+    try:
+        found = module.main(config, out)
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command with --out {out} goes on where it was", file=sys.stderr)
+        raise
+    summary = {"experiment": name, **found, "seconds": round(time.monotonic() - begin, 2)}
     checkpoint.write_json(out / "summary.json", summary)
     print(f"report: {out / 'report.md'}   pictures: {', '.join(p.name for p in sorted(out.glob('*.png')))}")
     return summary

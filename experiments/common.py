@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -156,8 +157,10 @@ def run_all(
                 try:
                     for future in concurrent.futures.as_completed(futures):
                         done(*future.result())
-                except BaseException:
-                    stop.set()  # those under way are saved; those that wait don't begin
+                except BaseException as error:
+                    if isinstance(error, KeyboardInterrupt):
+                        print("finishing and saving the rounds under way", file=sys.stderr, flush=True)
+                    stop.set()  # those that wait don't begin
                     pool.shutdown(cancel_futures=True)
                     raise
     finally:

@@ -105,7 +105,8 @@ def picture(config: Any, rows: Sequence[Row], results: Mapping[str, fl.Result]):
         rounds, accuracy = [r["round"] for r in records], [r["accuracy"] for r in records]
         left.plot(rounds, accuracy, label=f"{cell}, lr {row['learning_rate']:g}", linewidth=1, **fl.plots.look(i))
     left.axhline(config.target, color="0.4", linewidth=1, linestyle=(0, (1, 2)))
-    left.set_xscale("symlog", linthresh=1)
+    left.set_xscale("log")
+    left.set_xlim(left=1)
     left.set_ylim(bottom=max(left.get_ylim()[0], 0.7) if config.target > 0.9 else None)
     left.set_xlabel("round")
     left.set_ylabel("test accuracy")
@@ -118,7 +119,7 @@ def picture(config: Any, rows: Sequence[Row], results: Mapping[str, fl.Result]):
     right.set_yticks(range(len(best)), list(best))
     right.set_ylim(len(best) - 0.5, -0.5)
     right.set_xscale("log")
-    right.set_xlabel(f"rounds to {config.target:.0%}: ours (dot; arrow: not by then), paper (bar, for 97%)")
+    right.set_xlabel(f"rounds to {config.target:.0%}: dot: ours; arrow: ours, not by then; bar: the paper's, to 97%")
     return figure
 
 

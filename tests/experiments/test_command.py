@@ -157,8 +157,8 @@ def test_ctrl_c_ends_with_130(experiments, capsys):
         raise KeyboardInterrupt
 
     experiments["toy"] = toy(main=main)
-    assert command("run", "toy") == 130
-    assert "goes on where it was" in capsys.readouterr().err
+    assert command("run", "toy", "--out", "a") == 130
+    assert "the same command with --out a goes on" in capsys.readouterr().err
 
 
 def test_reproduce_takes_the_papers_settings_and_fails_if_one_figure_is_not_met(experiments, tmp_path, capsys):
