@@ -44,6 +44,7 @@ def fedavg(
         starting afresh.
     """
     fl.checks.optimizer(server_optimizer, "server_optimizer")
+    fl.goes_downhill(server_optimizer, "server_optimizer")
     fl.checks.weighting(weighting)
     local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size)
 

@@ -4,6 +4,7 @@ from fedjax_lab import aggregators, callbacks, checks, datasets, models, plots, 
 from fedjax_lab.client import ClientData
 from fedjax_lab.cohort import ClientStates, total_bytes
 from fedjax_lab.data import FederatedData, Split
+from fedjax_lab.descent import goes_downhill
 from fedjax_lab.evaluation import (
     client_metrics,
     combined,

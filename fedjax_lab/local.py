@@ -9,6 +9,7 @@ import optax
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
+from fedjax_lab.descent import goes_downhill
 from fedjax_lab.models.base import Model, Variables
 from fedjax_lab.round import LocalTraining, Oracle, Tilt, Trained, identity
 
@@ -97,11 +98,13 @@ def local_training(
       :class:`fedjax_lab.round.LocalTraining`.
 
     Raises:
-      ValueError: work or batch size that isn't positive, or both ``epochs`` and ``steps``; what is no model or
-        no optimizer. An optimizer doesn't show its learning rate: that one isn't checked.
+      ValueError: work, batch size or learning rate that isn't positive, or both ``epochs`` and ``steps``; what is
+        no model or no optimizer. The learning rates of a schedule over rounds are not checked.
     """
     checks.model(model)
     checks.client_optimizer(optimizer)
+    if isinstance(optimizer, optax.GradientTransformation):
+        goes_downhill(optimizer, "client_optimizer")
     if epochs is not None and steps is not None:
         raise ValueError("give epochs= or steps=, not both")
     work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
