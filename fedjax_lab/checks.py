@@ -80,7 +80,7 @@ def label_leaf(arrays: Any) -> Any | None:
 def labels_in_range(data: Any, num_classes: int, field: str = "y") -> None:
     """Refuse labels that a classifier of ``num_classes`` can't predict, naming client and row."""
     labels = data.arrays.get(field) if isinstance(data.arrays, dict) else None
-    if labels is None or isinstance(labels, Tracer):
+    if labels is None or isinstance(labels, Tracer) or not labels.size:
         return
     if not np.issubdtype(labels.dtype, np.integer):
         labels = np.asarray(labels)
@@ -89,7 +89,8 @@ def labels_in_range(data: Any, num_classes: int, field: str = "y") -> None:
             f"{where and f'{where} is no whole number: '}labels {field!r} must be integers 0..{num_classes - 1}; they "
             f"have dtype {labels.dtype}" + ("" if where else f": convert them, {field}.astype(np.int32)")
         )
-    low, high = labels.min(), labels.max()  # on the device where the labels are
+    with jax.ensure_compile_time_eval():  # on the device where the labels are, although the caller is traced
+        low, high = int(labels.min()), int(labels.max())
     if low >= 0 and high < num_classes:
         return
     labels = np.asarray(labels)
