@@ -130,7 +130,7 @@ def _number(table: Table, row: int, name: str, cell: Any) -> float:
     if text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
     if text.strip() in _EMPTY:
-        raise ValueError(f"{table.at(row, name)}: the cell is empty; drop the row or fill it")
+        raise ValueError(f"{table.at(row, name)}: the cell is empty or NaN; drop the row or fill it")
     raise ValueError(f"{table.at(row, name)}: {text[:40]!r} is not a finite number; encode text as numbers first")
 
 
