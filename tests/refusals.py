@@ -1,0 +1,39 @@
+"""Asserting that something is refused before anything is compiled."""
+
+from collections.abc import Callable
+
+import jax
+import pytest
+
+COMPILED: list[str] = []  # what XLA compiled, or took from its cache, since it was last cleared
+COPIES = {"jit(stage)", "jit(convert_element_type)"}  # of arrays to the device
+PROGRAMS = {"jit(start)", "jit(step)", "jit(many)"}  # of a process and a run
+
+
+def _count(event: str, seconds: float, **what) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(what.get("fun_name", "?"))
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+def raises(call: Callable, *words: str, error: type[Exception] = ValueError) -> None:
+    """The call raises, and its message has all the words."""
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert [w for w in words if w not in message] == [], message
+
+
+def refused(call: Callable, *words: str, error: type[Exception] = ValueError) -> None:
+    """As :func:`raises`, and nothing was compiled but copies."""
+    jax.random.key(0)  # is compiled by itself, once
+    COMPILED.clear()
+    raises(call, *words, error=error)
+    assert set(COMPILED) <= COPIES
+
+
+def contents(folder) -> dict:
+    """Every file below a folder."""
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
