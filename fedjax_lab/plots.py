@@ -38,8 +38,13 @@ def new_figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: floa
         ax.grid(True, color="0.9", linewidth=0.8)
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
-    figure._repr_png_ = functools.partial(_png, figure)  # notebooks look for it
-    return figure, axes
+    return shows_itself(figure), axes
+
+
+def shows_itself(figure: Any) -> Any:
+    """The same figure, which notebooks now show when it is a cell's last value."""
+    figure._repr_png_ = functools.partial(_png, figure)
+    return figure
 
 
 def look(index: int) -> dict[str, Any]:

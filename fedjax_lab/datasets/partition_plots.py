@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_lab import checks
+from fedjax_lab import checks, plots
 from fedjax_lab.data import FederatedData
 
 _MOST_BARS = 100
@@ -52,7 +52,7 @@ def plot_partition(
     right.set_ylabel("clients")
     right.yaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title or f"{len(counts)} clients, {sizes.sum()} rows, {len(names)} labels", fontsize=11)
-    return figure
+    return plots.shows_itself(figure)
 
 
 def label_counts(data: FederatedData | np.ndarray, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
