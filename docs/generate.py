@@ -7,6 +7,7 @@ exit status says whether they are up to date.
 
 import ast
 import inspect
+import json
 import pathlib
 import re
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -82,7 +84,42 @@ def experiments() -> str:
     return table(("Experiment", "What it shows"), rows)
 
 
+def figure(value: object) -> str:
+    """A check's entry as a table shows it: numbers to three significant digits, published ones as they are."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {figure(number)}" for name, number in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(figure, value))
+    text = re.sub(r"\d+\.\d{4,}", lambda m: f"{float(m[0]):.3g}", str(value))
+    return text.replace("|", "\\|")
+
+
+def reproduced() -> str:
+    """The checks that ``reproduce`` made, from the summaries kept in ``docs/figures/``."""
+    lines = ["| Experiment | Check | Paper | Here | Tolerance | Holds | Source |", "|---|---|---|---|---|---|---|"]
+    for file in sorted(FIGURES.glob("*.summary.json")):
+        summary = json.loads(file.read_text())
+        for check in summary["checks"]:
+            cells = [figure(check[k]) for k in ("name", "paper", "ours", "tolerance")]
+            holds = "yes" if check["ok"] else "**no**"
+            lines.append("| " + " | ".join([f"`{summary['experiment']}`", *cells, holds, check["source"]]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def speed() -> str:
+    """The benchmark's figures, as ``python -m experiments.benchmarks limit --json`` wrote them."""
+    lines = ["| Workload | Clients a round | Against | Ratio | Ours | Theirs | Runs |", "|---|---|---|---|---|---|---|"]
+    for row in json.loads((FIGURES / "limit.json").read_text()):
+        times = f"{row['ours']:.1f} {row['unit']} | {row['theirs']:.1f} {row['unit']}"
+        lines.append(
+            f"| {row['workload']} | {row['cohort']} | {row['against']} | {row['ratio']:.2f} | {times} | {row['runs']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 BLOCKS = {
+    "reproduced": reproduced,
+    "speed": speed,
     "algorithms": algorithms,
     "datasets": datasets,
     "models": models,
