@@ -1,42 +1,42 @@
 """Does an optimizer go downhill? An optax optimizer doesn't show its learning rate, but it can be asked."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
 
-PATIENCE = 100  # steps that an optimizer may gather gradients, or warm up, before it moves
+PATIENCE = 1000  # steps that an optimizer may gather gradients, or warm up, before it moves
 
 
 def goes_downhill(optimizer: optax.GradientTransformation, name: str) -> None:
     """Refuse an optimizer whose learning rate is zero, negative or not finite.
 
-    A scalar parameter at 0 with gradient 1 must become negative within ``PATIENCE`` steps, and never
-    positive before that. An optimizer that asks for particular parameters (masks, layers) or whose
-    hyper-parameters are traced (a sweep's) can't be asked so, and passes.
+    It is given a matrix and a vector at 0 with gradient 1. The first of ``PATIENCE`` steps that moves anything
+    must move something down; a mask by shape may freeze or pass over the rest. An optimizer that asks for
+    particular parameters, or whose hyper-parameters are traced (a sweep's), can't be asked so, and passes.
 
     Raises:
-      ValueError: it goes uphill, or nowhere.
+      ValueError: it goes uphill, or nowhere. The latter may be meant, where it picks parameters by their names:
+        as a function of the round, ``lambda r: optimizer``, a client optimizer isn't asked.
     """
-    gradient, param = jnp.float32(1), jnp.float32(0)
     with jax.ensure_compile_time_eval():
+        params = {"matrix": jnp.zeros((2, 2)), "vector": jnp.zeros(2)}
+        gradients = jax.tree.map(jnp.ones_like, params)
         try:
-            state = optimizer.init(param)
-            update, state = optimizer.update(gradient, state, param)
-        except Exception:  # written for other parameters than a scalar: there is nothing to learn from it
+            state = optimizer.init(params)
+            updates, state = optimizer.update(gradients, state, params)
+        except Exception:  # written for other parameters: there is nothing to learn from it
             return
+        later = jax.jit(optimizer.update)
         for _ in range(PATIENCE):
-            if isinstance(update, Tracer):
+            if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
                 return
-            if float(update) != 0:
+            moves = np.concatenate([np.ravel(leaf).astype(np.float32) for leaf in jax.tree.leaves(updates)])
+            if moves.any():
                 break
-            update, state = optimizer.update(gradient, state, param)
-    value: Any = float(np.asarray(update))
-    if not value < 0:
-        what = (
-            "moves nowhere" if value == 0 else f"moves a parameter of gradient 1 by {value:+g}, which is not downhill"
-        )
-        raise ValueError(f"{name} {what}: its learning rate must be positive and finite")
+            updates, state = later(gradients, state, params)
+    if np.isfinite(moves).all() and moves.min() < 0:
+        return
+    what = f"moves parameters of gradient 1 by {moves.max():+g}, not downhill" if moves.any() else "moves nothing"
+    raise ValueError(f"{name} {what}: its learning rate must be positive and finite")

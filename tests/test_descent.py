@@ -11,6 +11,7 @@ from fedjax_lab.descent import goes_downhill
 from tests.problems import softmax_model
 
 MODEL = softmax_model()
+is_vector = lambda param: param.ndim == 1
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, np.nan, -np.inf])
@@ -31,10 +32,13 @@ def test_other_rates_are_refused(make, rate):
         optax.yogi(0.1),
         optax.lion(0.1),
         optax.sgd(optax.warmup_constant_schedule(0.0, 0.1, 10)),
-        optax.MultiSteps(optax.sgd(0.1), every_k_schedule=10).gradient_transformation(),
+        optax.MultiSteps(optax.sgd(0.1), every_k_schedule=200).gradient_transformation(),
         optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
         optax.masked(optax.sgd(0.1), {"w": True, "b": False}),  # wants particular parameters: can't be asked
         optax.adafactor(0.1),
+        optax.masked(optax.sgd(0.1), lambda params: jax.tree.map(is_vector, params)),
+        optax.chain(optax.masked(optax.set_to_zero(), lambda params: jax.tree.map(is_vector, params)), optax.sgd(0.1)),
+        optax.contrib.muon(0.1),
     ],
 )
 def test_what_goes_downhill_passes(optimizer):
