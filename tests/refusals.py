@@ -3,7 +3,11 @@
 from collections.abc import Callable
 
 import jax
+import optax
 import pytest
+
+from algorithms.fedavg import fedavg
+from tests.problems import softmax_model
 
 COMPILED: list[str] = []  # what XLA compiled, or took from its cache, since it was last cleared
 COPIES = {"jit(stage)", "jit(convert_element_type)"}  # of arrays to the device
@@ -16,6 +20,9 @@ def _count(event: str, seconds: float, **what) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
+# Compiled once for all: how a key is made, and the few sums with which an optimizer is asked where it goes.
+jax.random.key(0)
+fedavg(softmax_model(), optax.sgd(0.1))
 
 
 def raises(call: Callable, *words: str, error: type[Exception] = ValueError) -> None:
@@ -28,7 +35,6 @@ def raises(call: Callable, *words: str, error: type[Exception] = ValueError) -> 
 
 def refused(call: Callable, *words: str, error: type[Exception] = ValueError) -> None:
     """As :func:`raises`, and nothing was compiled but copies."""
-    jax.random.key(0)  # is compiled by itself, once
     COMPILED.clear()
     raises(call, *words, error=error)
     assert set(COMPILED) <= COPIES

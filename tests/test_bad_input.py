@@ -142,9 +142,14 @@ def test_amounts_of_work_that_are_not_positive(name, value):
 @pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), "fast"])
 @pytest.mark.parametrize("algorithm", [fedadam, fedavgm])
 def test_learning_rates_that_are_not_positive(algorithm, value):
-    """Only those that an algorithm takes by name: an optax optimizer doesn't show its own."""
     call = lambda: algorithm(MODEL, SGD, server_learning_rate=value)
     refused(call, "server_learning_rate must be", "positive", repr(value))
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, float("nan"), float("inf")])
+def test_the_clients_learning_rate(rate):
+    raises(lambda: fedavg(MODEL, optax.sgd(rate)), "client_optimizer", "learning rate must be positive and finite")
+    assert not PROGRAMS & set(COMPILED)
 
 
 def test_optimizers_in_place_of_which_something_else_stands():
