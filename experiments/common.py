@@ -75,7 +75,7 @@ class Check(NamedTuple):
 def check_table(checks: Sequence[Check]) -> Table:
     """Checks for people."""
     words = {True: "ok", False: "NOT OK", None: "skipped"}
-    rows = [(c.name, c.paper, _short(c.ours), c.tolerance, words[c.ok] + (f": {c.reason}" if c.reason else ""))
+    rows = [(c.name, _short(c.paper), _short(c.ours), c.tolerance, words[c.ok] + (f": {c.reason}" if c.reason else ""))
             for c in checks]  # fmt: skip
     return Table(("check", "paper", "ours", "tolerance", "result"), rows)
 
@@ -85,7 +85,7 @@ def _short(value: Any) -> str:
         return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
     if isinstance(value, list | tuple):
         return " ".join(_short(v) for v in value)
-    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def summary(results: Sequence[Mapping[str, Any]], checks: Sequence[Check] = (), **more: Any) -> dict[str, Any]:

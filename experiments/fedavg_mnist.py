@@ -7,8 +7,9 @@ of the table is run that takes minutes; --cells all runs all of it, which takes 
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +67,8 @@ class Config:
     """Rounds after which any cell is given up."""
     max_rounds_full_batch: int = 300
     """Rounds after which cells with B=inf are given up; enough to see that they need more than with B=10."""
-    seed: int = 0
-    """Of partition, initialisation, and who takes part."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of partition, initialisation and who takes part; shards cells and those with B=inf use the first alone."""
     data_dir: str | None = None
     """Folder with the MNIST files; by default FEDJAX_LAB_DATA, or fetched."""
 
@@ -75,9 +76,11 @@ class Config:
         for name in self.cells:
             if name not in CELLS and name != "all":
                 raise ValueError(f"there is no cell {name!r} in the table{fl.checks.nearest(name, [*CELLS, 'all'])}")
-        for name in ("learning_rates_iid", "learning_rates_shards", "learning_rates_full_batch"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one")
+        rates = ("learning_rates_iid", "learning_rates_shards", "learning_rates_full_batch")
+        for name in (*rates, "cells", "seeds"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must name at least one, each once; got {getattr(self, name)}")
+        for name in rates:
             for rate in getattr(self, name):
                 fl.checks.positive(rate, name)
         fl.checks.positive(self.patience, "patience")
@@ -87,35 +90,51 @@ class Config:
 
 
 PAPER = Config()
-QUICK = Config(cells=("iid/0/10",), target=0.8, max_rounds=6)
+QUICK = Config(cells=("iid/0/10",), seeds=(0,), target=0.8, max_rounds=6)
+
+
+class Attempt(NamedTuple):
+    """One run: a cell, a seed, and a learning rate that is tried."""
+
+    cell: Cell
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell.name} lr={self.learning_rate:g} seed={self.seed}"
 
 
 def main(config: Config, out: Path) -> dict[str, Any]:
     """Run the cells, and compare the rounds that they take with the published ones."""
-    cells = [CELLS[name] for name in (CELLS if "all" in config.cells else dict.fromkeys(config.cells))]
-    data = {p: load(p, config) for p in dict.fromkeys(cell.partition for cell in cells)}
-    trainings, best = {}, {}
-    for cell in cells:
-        for rate in learning_rates(config, cell):
-            trainings[f"{cell.name} lr={rate:g}"] = training(config, cell, rate, data[cell.partition], best)
+    cells = [CELLS[name] for name in (CELLS if "all" in config.cells else config.cells)]
+    attempts = all_attempts(config, cells)
+    data = functools.lru_cache(maxsize=1)(lambda partition, seed: load(partition, seed, config.data_dir))
+    best: dict[tuple[Cell, int], float] = {}
+    trainings = {attempt.name: training(config, attempt, data, best) for attempt in attempts}
     results = common.run_all(trainings, out, lambda result: describe(result, config.target))
-    rows = [
-        row(cell, rate, results[f"{cell.name} lr={rate:g}"], config.target)
-        for cell in cells
-        for rate in learning_rates(config, cell)
-    ]
+    rows = [row(attempt, results[attempt.name], config.target) for attempt in attempts]
     parameters = fl.models.two_nn().init(jax.random.key(0))[0]
     checks = fedavg_mnist_report.all_checks(config, PAPER, rows, fl.nbytes(parameters) // 4)
     fedavg_mnist_report.write(out, config, rows, results, checks, list(CELLS.values()))
     return common.summary(rows, checks, not_run=[name for name in CELLS if CELLS[name] not in cells])
 
 
-def load(partition: str, config: Config) -> fl.Split:
+def all_attempts(config: Config, cells: Sequence[Cell]) -> list[Attempt]:
+    """What to run, those with the same data one after the other."""
+
+    def seeds(cell: Cell) -> Sequence[int]:
+        return config.seeds if cell.partition == "iid" and cell.batch == 10 else config.seeds[:1]
+
+    every = [Attempt(c, seed, rate) for c in cells for seed in seeds(c) for rate in learning_rates(config, c)]
+    return sorted(every, key=lambda a: (a.cell.partition, config.seeds.index(a.seed)))
+
+
+def load(partition: str, seed: int, data_dir: str | None) -> fl.Split:
     """MNIST dealt to 100 clients, and its test digits in one piece."""
     deal = fl.datasets.iid(100) if partition == "iid" else fl.datasets.shards(100, 2)
-    split = fl.datasets.mnist(deal, config.seed, config.data_dir)
-    arrays = split.test.arrays
-    return fl.Split(split.train, fl.FederatedData.from_clients({"test": arrays}))
+    split = fl.datasets.mnist(deal, seed, data_dir)
+    return fl.Split(split.train, fl.FederatedData.from_clients({"test": split.test.arrays}))
 
 
 def learning_rates(config: Config, cell: Cell) -> Sequence[float]:
@@ -125,26 +144,30 @@ def learning_rates(config: Config, cell: Cell) -> Sequence[float]:
     return config.learning_rates_iid if cell.partition == "iid" else config.learning_rates_shards
 
 
-def training(config: Config, cell: Cell, rate: float, data: fl.Split, best: dict[Cell, float]) -> common.Training:
+def training(
+    config: Config, attempt: Attempt, load: Callable[[str, int], fl.Split], best: dict[tuple[Cell, int], float]
+) -> common.Training:
     """How to train a cell at a learning rate.
 
-    ``best`` has the fewest rounds that a cell has taken so far. A learning rate that has not reached the
-    target by then can't be the best one, and is given up.
+    ``best`` has the fewest rounds that a cell and seed have taken so far. A learning rate that has not
+    reached the target by then can't be the best one, and is given up.
     """
+    cell, seed, rate = attempt
     batch = None if math.isinf(cell.batch) else int(cell.batch)
     clients = max(round(cell.fraction * 100), 1)
 
     def start(folder, stop):
+        data = load(cell.partition, seed)
         algorithm = fedavg(fl.models.two_nn(), optax.sgd(rate), epochs=1, batch_size=batch)
         process = fl.synchronous(algorithm, data.train, fl.uniform(clients))
-        limit = min(rounds_allowed(config, cell), math.ceil(best.get(cell, math.inf)) if cell in best else 10**9)
+        limit = min(rounds_allowed(config, cell), math.ceil(best.get((cell, seed), 1e9)))
         result = fl.run(
-            process, limit, config.seed, evaluate=fl.global_metrics(data.test), out=folder,
+            process, limit, seed, evaluate=fl.global_metrics(data.test), out=folder,
             callbacks=[stop, fl.callbacks.stop_at("accuracy", config.target)],
         )  # fmt: skip
         reached = rounds_to(result.metrics, config.target)
         if reached is not None:
-            best[cell] = min(reached, best.get(cell, math.inf))
+            best[cell, seed] = min(reached, best.get((cell, seed), math.inf))
         return result
 
     return start
@@ -184,15 +207,17 @@ def describe(result: fl.Result, target: float) -> str:
     return f"{target:.0%} after {reached:.1f} rounds"
 
 
-def row(cell: Cell, rate: float, result: fl.Result, target: float) -> dict[str, Any]:
+def row(attempt: Attempt, result: fl.Result, target: float) -> dict[str, Any]:
     """A run's line in ``summary.json``. ``rounds_to_target`` is ``None`` if it was not reached in ``rounds``."""
+    cell = attempt.cell
     return {
-        "run": f"{cell.name} lr={rate:g}",
+        "run": attempt.name,
         "cell": cell.name,
         "partition": cell.partition,
         "C": cell.fraction,
         "B": "inf" if math.isinf(cell.batch) else int(cell.batch),
-        "learning_rate": rate,
+        "seed": attempt.seed,
+        "learning_rate": attempt.learning_rate,
         "published": cell.published,
         "rounds_to_target": rounds_to(result.metrics, target),
         "rounds": result.rounds,

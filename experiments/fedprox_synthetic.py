@@ -91,7 +91,7 @@ def main(config: Config, out: Path) -> dict[str, Any]:
 def methods(config: Config, stragglers: float) -> list[str]:
     """Without stragglers FedAvg and FedProx with mu = 0 are the same."""
     partial = ["FedProx mu=0"] if stragglers else []
-    return ["FedAvg", *partial, f"FedProx mu={config.mu:g}"]
+    return ["FedAvg", f"FedProx mu={config.mu:g}", *partial]
 
 
 def all_cells(config: Config) -> list[Cell]:

@@ -63,7 +63,7 @@ def test_checks_for_people():
         common.Check("b|c", "1 to 2", {"x": [1.0, 2.0]}, "inside", None, "s", "not run"),
     ]
     assert common.check_table(checks).markdown().splitlines()[2:] == [
-        "| a | 3 | 3.14 | exact | NOT OK |",
+        "| a | 3 | 3.142 | exact | NOT OK |",
         "| b\\|c | 1 to 2 | x 1 2 | inside | skipped: not run |",
     ]
 

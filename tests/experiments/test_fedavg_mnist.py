@@ -45,17 +45,27 @@ def test_a_learning_rate_that_is_slower_than_the_best_is_given_up(monkeypatch, t
     monkeypatch.setattr(fl, "synchronous", lambda *args: None)
     monkeypatch.setattr(fl, "global_metrics", lambda test: None)
     config, cell, best = fedavg_mnist.Config(), fedavg_mnist.CELLS["iid/0.1/10"], {}
-    for rate in (0.2, 0.1):
-        fedavg_mnist.training(config, cell, rate, fl.Split(None, None), best)(tmp_path, None)
-    assert asked == [105, 7]
-    assert best == {cell: 7}
+    for seed, rate in ((0, 0.2), (0, 0.1), (1, 0.2)):
+        attempt = fedavg_mnist.Attempt(cell, seed, rate)
+        fedavg_mnist.training(config, attempt, lambda *key: fl.Split(None, None), best)(tmp_path, None)
+    assert asked == [105, 7, 105]
+    assert best == {(cell, 0): 7, (cell, 1): 7}
 
 
-def row(cell, rate, reached, rounds=800):
+def test_short_cells_are_run_with_every_seed_and_data_are_loaded_once():
+    config = fedavg_mnist.Config(cells=("iid/0.1/inf", "shards/0.1/10", "iid/0/10"), seeds=(5, 3))
+    attempts = fedavg_mnist.all_attempts(config, [fedavg_mnist.CELLS[name] for name in config.cells])
+    assert [(a.cell.name, a.seed, a.learning_rate) for a in attempts] == [
+        ("iid/0.1/inf", 5, 0.5), ("iid/0/10", 5, 0.2), ("iid/0/10", 5, 0.1), ("iid/0/10", 3, 0.2), ("iid/0/10", 3, 0.1),
+        ("shards/0.1/10", 5, 0.05),
+    ]  # fmt: skip
+
+
+def row(cell, rate, reached, rounds=800, seed=0):
     key = fedavg_mnist.CELLS[cell]
     return {
-        "run": f"{cell} lr={rate}", "cell": cell, "learning_rate": rate, "published": key.published,
-        "rounds_to_target": reached, "rounds": rounds, "seconds": 1.0,
+        "run": f"{cell} lr={rate} seed={seed}", "cell": cell, "seed": seed, "learning_rate": rate,
+        "published": key.published, "rounds_to_target": reached, "rounds": rounds, "seconds": 1.0,
     }  # fmt: skip
 
 
@@ -66,7 +76,12 @@ def verdicts(*rows, config=fedavg_mnist.PAPER):
 
 def test_the_best_learning_rate_is_judged():
     name = "iid/0.1/10: rounds to 97%"
-    assert verdicts(row("iid/0.1/10", 0.2, 120.0), row("iid/0.1/10", 0.1, 60.0))[name].ours == 60
+    best = verdicts(row("iid/0.1/10", 0.2, 120.0), row("iid/0.1/10", 0.1, 60.0))[name]
+    assert best.ok and best.ours == {"mean": 60.0, "seeds": [60.0]}
+    two = verdicts(row("iid/0.1/10", 0.2, 34.0), row("iid/0.1/10", 0.2, 40.0, seed=1))[name]
+    assert two.ok and two.ours == {"mean": 37.0, "seeds": [34.0, 40.0]}
+    half = verdicts(row("iid/0.1/10", 0.2, 40.0), row("iid/0.1/10", 0.2, None, 105, seed=1))[name]
+    assert not half.ok and half.ours == {"mean": "over 72.5", "seeds": [40.0, 105]}
     assert verdicts(row("iid/0.1/10", 0.2, 100.0))[name].ok
     assert not verdicts(row("iid/0.1/10", 0.2, 34.9))[name].ok
     assert not verdicts(row("iid/0.1/10", 0.2, None, 105))[name].ok  # not reached
@@ -82,18 +97,20 @@ def test_orderings():
     judge = lambda full, rounds, ten: verdicts(row("iid/0.1/inf", 0.5, full, rounds), row("iid/0.1/10", 0.2, ten))[name]
     assert judge(150.0, 150, 40.0).ok
     assert judge(None, 300, 40.0).ok  # over 300
-    assert judge(None, 300, 40.0).ours == {"iid/0.1/inf": "over 300", "iid/0.1/10": 40.0}
+    assert judge(None, 300, 40.0).ours == {"iid/0.1/inf": "over 300.0", "iid/0.1/10": "40.0"}
     assert not judge(39.0, 39, 40.0).ok
     assert not judge(None, 30, 40.0).ok  # given up too early to tell
     assert not judge(150.0, 150, None).ok
 
 
 def test_the_table_lists_what_was_not_run():
-    shown = fedavg_mnist_report.table(
-        [row("iid/0.1/10", 0.2, 41.26), row("iid/0.1/10", 0.1, None, 42)], list(fedavg_mnist.CELLS.values())
-    )
+    tried = [
+        row("iid/0.1/10", 0.2, 41.26), row("iid/0.1/10", 0.1, None, 42),
+        row("iid/0.1/10", 0.2, 50.0, seed=1), row("iid/0.1/10", 0.1, 45.0, seed=1),
+    ]  # fmt: skip
+    shown = fedavg_mnist_report.table(tried, list(fedavg_mnist.CELLS.values()))
     assert len(shown.rows) == 20
-    assert ("iid", "0.1", "10", "87", "41.3", "0.2", "0.1: over 42", "2") in shown.rows
+    assert ("iid", "0.1", "10", "87", "43.1", "41.3 45.0", "0.2: 1, 0.1: 1", "4") in shown.rows
     assert sum(r[4] == "not run" for r in shown.rows) == 19
 
 
