@@ -164,8 +164,7 @@ def run_all(
                     pool.shutdown(cancel_futures=True)
                     raise
     finally:
-        if results:  # nothing at all, if the data could not be had
-            _write_metrics(out / "metrics.jsonl", {name: results[name] for name in trainings if name in results})
+        _write_metrics(out / "metrics.jsonl", {name: results[name] for name in trainings if name in results})
     return {name: results[name] for name in trainings}
 
 
