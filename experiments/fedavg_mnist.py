@@ -110,6 +110,7 @@ def main(config: Config, out: Path) -> dict[str, Any]:
     cells = [CELLS[name] for name in (CELLS if "all" in config.cells else config.cells)]
     attempts = all_attempts(config, cells)
     data = functools.lru_cache(maxsize=1)(lambda partition, seed: load(partition, seed, config.data_dir))
+    data(attempts[0].cell.partition, attempts[0].seed)  # said now, before anything is written, if it can't be had
     best: dict[tuple[Cell, int], float] = {}
     trainings = {attempt.name: training(config, attempt, data, best) for attempt in attempts}
     results = common.run_all(trainings, out, lambda result: describe(result, config.target))
