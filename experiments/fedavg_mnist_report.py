@@ -149,7 +149,7 @@ def picture(config: Any, rows: Sequence[Row], results: Mapping[str, fl.Result]):
     right.set_yticks(range(len(cells)), cells)
     right.set_ylim(len(cells) - 0.5, -0.5)
     right.set_xscale("log")
-    right.set_xlabel(f"rounds to {config.target:.0%}: dots: ours; arrow: not by then; bar: the paper's, to 97%")
+    right.set_xlabel(f"rounds to {config.target:.0%}, each seed's (bars: the paper's, to 97%)")
     return figure
 
 
@@ -174,7 +174,7 @@ def write(
             "clients takes part in a round, B is the batch size. Counted are rounds until the test accuracy reaches "
             f"{config.target:.0%}, on the curve made monotone and interpolated, with each seed's best learning rate "
             "of those tried; a learning rate is given up once another one has been quicker. *Over* a number: not "
-            "reached when the cell's limit was met there.",
+            "reached when the cell's limit was met there; an arrow in the picture.",
             "The table": shown.markdown(),
             "Against the published figures": common.check_table(checks).markdown(),
             "The picture": "![rounds](rounds.png)",
