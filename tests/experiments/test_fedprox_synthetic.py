@@ -98,7 +98,7 @@ def test_what_it_writes_holds_together(out):
     assert [(c["name"], c["ok"]) for c in summary["checks"]] == [("loss of the zero model", True)]
     assert summary["checks"][0]["ours"] == pytest.approx(np.log(10), abs=1e-5)
     assert {c["reason"] for c in summary["skipped"]} == {"num_rounds is 4 instead of 200"}
-    assert len(summary["skipped"]) == 16 + 1 + 8 + 3
+    assert len(summary["skipped"]) == 16 + 8 + 3
     for row in summary["results"]:
         last = runs[row["run"]][-1]
         shown = (row["train_loss"], row["test_accuracy"], row["dissimilarity"])
@@ -121,29 +121,17 @@ def verdicts(rows, config=fedprox_synthetic.PAPER):
     return {c.name: c for c in checks}
 
 
-def test_ranges_are_met_or_missed():
+def test_every_seed_must_lie_inside_the_range():
     name = "Synthetic(0,0) mu=1: train loss"
     at = lambda *losses: verdicts(rows("0", "FedProx mu=1", 0.0, losses))[name]
-    assert at(0.40, 0.41, 0.434).ok  # 0.434 is 0.43
-    assert not at(0.40, 0.41, 0.424).ok
-    assert not at(0.47, 0.5, 0.6).ok
-    assert at(0.40, 0.41, 0.5).ok  # around the published range
+    assert at(0.43, 0.46, 0.434).ok
+    assert at(0.426, 0.45, 0.464).ok  # 0.43 and 0.46, as the published figures are rounded
+    assert at(0.44, 0.45, 0.424).ok is False
+    assert at(0.44, 0.45, 0.5).ok is False
+    assert at(0.40, 0.41, 0.5).ok is False  # around the published range is not inside it
     few = at(0.44, 0.45)
     assert few.ok is None and "3 seeds" in few.reason
     assert verdicts(rows("0", "FedProx mu=1", 0.0, [0.44] * 3))["Synthetic(0,0) mu=1: test accuracy"].ok
-
-
-def test_single_figures_are_counted_over_all_ranges():
-    name, every = "single figures inside these ranges", []
-    for (data, mu), (loss, accuracy) in fedprox_checks.RANGES.items():
-        new = rows(data, "FedProx mu=1" if mu else "FedAvg", 0.0, [sum(loss) / 2, loss[1] + 0.1, loss[1]])
-        every += [r | {"test_accuracy": accuracy[0] - 0.02} for r in new]
-    # Of each three losses two are inside, of the accuracies none: 2 x 8 of 6 x 8, just a third.
-    assert verdicts(every)[name].ours == "16 of 48"
-    assert verdicts(every)[name].ok
-    every[0]["train_loss"] = 9.0
-    assert not verdicts(every)[name].ok
-    assert verdicts(every[1:])[name].ok is None
 
 
 def test_orderings_go_the_other_way_for_iid():
