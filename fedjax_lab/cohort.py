@@ -16,7 +16,7 @@ from fedjax_lab.data import FederatedData
 from fedjax_lab.round import Env, Round, nbytes
 
 PyTree = Any
-LANES = 10  # clients side by side; small models gain up to about ten on a CPU (docs/speed)
+LANES = 10  # clients side by side; small models gain up to about ten on a CPU
 
 
 class ClientStates(NamedTuple):

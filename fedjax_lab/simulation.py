@@ -98,7 +98,7 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
         server, server_metrics = serve(round, state.server, answers, env, serving)
         sampler_state = sampler.update(sampler_state, answers.ids, answers.ok, answers.metrics)
         new = SimulationState(server, answers.clients, sampler_state, state.round + 1, state.key)
-        return same_types(new, state), cohort_metrics(answers) | server_metrics | probe.cost()
+        return strong(new), cohort_metrics(answers) | server_metrics | probe.cost()
 
     def init(key, params=None):
         return start(typed_key(key), data, params)
@@ -166,13 +166,6 @@ def _probe(round: Round, server: PyTree, data: FederatedData, key: jax.Array):
 def strong(tree: PyTree) -> PyTree:
     """The same arrays without weak types, which a step would lose and be compiled twice for."""
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
-
-
-def same_types(new: PyTree, old: PyTree) -> PyTree:
-    """``new`` without weak types where ``old`` has none; shapes and dtypes are checked when built."""
-    if jax.tree.structure(new) != jax.tree.structure(old):
-        return new
-    return jax.tree.map(lambda n, o: jax.lax.convert_element_type(n, jnp.asarray(n).dtype), new, old)
 
 
 def _check_stable(new: PyTree, old: PyTree) -> None:

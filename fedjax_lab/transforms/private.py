@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import Lens, Round, Transform, identity
+from fedjax_lab.round import Round, Transform, identity
 
 PyTree = Any
 
@@ -95,7 +95,6 @@ def private(predicate: Callable[[str], bool]) -> Transform:
             client_update=client_update,
             server_update=server_update,
             personalize=personalize,
-            view=Lens(view.get, view.set),
             traits=round.traits | {"personal", "partial"},
         )
 
