@@ -13,6 +13,7 @@ from fedjax_lab.evaluation import (
     per_client,
     per_client_accuracy,
 )
+from fedjax_lab.gradients import client_gradient, forget_recorded, mean_recorded, recording
 from fedjax_lab.local import (
     ClientOptimizer,
     Work,
@@ -27,6 +28,7 @@ from fedjax_lab.local import (
 )
 from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
 from fedjax_lab.oracle import oracle_run
+from fedjax_lab.population import mean_weight, population_mean
 from fedjax_lab.process import Process
 from fedjax_lab.result import Result
 from fedjax_lab.round import (

@@ -1,4 +1,5 @@
 """Round -> Round: what is trained."""
 
+from fedjax_lab.transforms.control_variates import control_variates
 from fedjax_lab.transforms.private import batch_norm, private, statistics
 from fedjax_lab.transforms.tilting import proximal, tilted

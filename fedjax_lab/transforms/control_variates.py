@@ -1,0 +1,113 @@
+"""Control variates: every local step is corrected by what the others' gradients are like (SCAFFOLD)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab import checks
+from fedjax_lab.aggregators import pair, within
+from fedjax_lab.gradients import client_gradient, forget_recorded, mean_recorded
+from fedjax_lab.local import gradient_oracle
+from fedjax_lab.models.base import add, difference
+from fedjax_lab.population import mean_weight, population_mean
+from fedjax_lab.round import Round, Transform, chain_tilts, identity, nbytes, shift, through
+
+PyTree = Any
+
+
+class ControlServer(NamedTuple):
+    """The inner server's state, the mean control variate ``c``, and the population's mean weight."""
+
+    inner: Any
+    c: PyTree
+    mean_weight: jax.Array
+
+
+class Controlled(NamedTuple):
+    """The inner message and ``c``; or the inner client's state and the client's own ``c``."""
+
+    inner: Any
+    c: PyTree
+
+
+def control_variates(option: str = "II", weighting: Any = "examples") -> Transform:
+    """Correct each local gradient by ``c - c_k`` (SCAFFOLD, Karimireddy et al. 2020, algorithm 1).
+
+    ``c_k`` estimates client k's gradient, the server's ``c`` is their mean by weight. What is kept per client: a
+    model's size. What travels besides what the inner round sends: a model's size each way.
+
+    Args:
+      option: how ``c_k`` is renewed, the paper's line 12. ``"I"``: the gradient of all the client's data at the
+        model it received, one more pass; ``"II"``: the mean gradient over its local steps, which are there
+        anyway. II needs a Round whose client optimizer is :func:`fedjax_lab.recording`.
+      weighting: the weighting of the inner round, for which ``c`` must be the mean; ``"uniform"`` is the paper's.
+
+    Raises:
+      ValueError: another option; a Round that trains no model, has several, or sends only a part of it.
+    """
+    if option not in ("I", "II"):
+        raise ValueError(f"option must be 'I' or 'II'; got {checks.shown(option)}")
+    checks.weighting(weighting)
+
+    def transform(round: Round) -> Round:
+        model, view, loss = round.model, round.view, round.loss
+        if model is None or view is None or loss is None:
+            raise ValueError("control_variates() corrects local training, but this Round trains no model")
+        if {"partial", "many_models"} & round.traits:
+            raise ValueError(
+                "control_variates() comes before transforms that split or multiply the model: put it first"
+            )
+        zeros = lambda server: jax.tree.map(jnp.zeros_like, model.get(server).params)
+
+        def init(key, data, params=None):
+            server = round.init(key, data, params)
+            return ControlServer(server, zeros(server), mean_weight(weighting, data))
+
+        def init_client(server, client):
+            return Controlled(round.init_client(server.inner, client), zeros(server.inner))
+
+        def broadcast(server, state, client, key):
+            return Controlled(round.broadcast(server.inner, state.inner, client, key), server.c)
+
+        def client_update(message, state, client, key, tilt=identity):
+            correction = jax.tree.map(lambda a, b: a - b, message.c, state.c)
+            corrected = chain_tilts(shift(lambda params: correction), tilt)
+            out = round.client_update(message.inner, state.inner, client, key, tilt=corrected)
+            if out.trained is None:
+                raise ValueError("control_variates() needs a Round that reports what it trained")
+            if option == "I":
+                oracle, again = tilt(gradient_oracle(loss)), jax.random.fold_in(key, 0xC0)
+                new = client_gradient(oracle, view.get(message.inner), client, again)[0]
+            else:
+                # For SGD the same as the paper's c_k - c + (x - y)/(K eta), but true of any optimizer.
+                new = jax.tree.map(lambda g, d: g - d, mean_recorded(out.trained), correction)
+            renewed = (out.trained.steps > 0) & out.sent
+            new = jax.tree.map(lambda n, o: jnp.where(renewed, n.astype(o.dtype), o), new, state.c)
+            change = difference(new, state.c)
+            bytes_up = None if out.bytes_up is None else out.bytes_up + nbytes(change)
+            return out._replace(
+                upload=Controlled(out.upload, change),
+                state=Controlled(forget_recorded(out.state), new),
+                bytes_up=bytes_up,
+            )
+
+        def server_update(server, aggregate, key):
+            inner, metrics = round.server_update(server.inner, aggregate[0], key)
+            moved = jax.tree.map(lambda x: x / server.mean_weight, aggregate[1])
+            return server._replace(inner=inner, c=add(server.c, moved)), metrics
+
+        inside, put = lambda nest: nest.inner, lambda nest, part: nest._replace(inner=part)
+        return round._replace(
+            init=init,
+            init_client=init_client,
+            broadcast=broadcast,
+            client_update=client_update,
+            aggregate=pair(within(round.aggregate, inside), population_mean()),
+            server_update=server_update,
+            personalize=lambda m, s, client, key: round.personalize(m.inner, s.inner, client, key),
+            model=through(inside, put, model),
+            view=through(inside, put, view),
+        )
+
+    return transform
