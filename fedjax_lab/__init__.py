@@ -26,6 +26,7 @@ from fedjax_lab.local import (
     optimizer_of_round,
     partial_work,
 )
+from fedjax_lab.loops import client_loop
 from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
 from fedjax_lab.oracle import oracle_run
 from fedjax_lab.population import mean_weight, population_mean

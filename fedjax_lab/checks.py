@@ -181,6 +181,12 @@ def probability(value: Any, name: str) -> None:
         raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
 
 
+def absent(options: dict[str, Any], name: str, why: str) -> None:
+    """Refuse an option that is switched on although it makes no sense here."""
+    if options.get(name):
+        raise ValueError(f"{name} can't be used here: {why}")
+
+
 def model(value: Any) -> None:
     """Refuse what has no ``init`` and ``loss``, such as a Flax module or an optimizer."""
     if not all(callable(getattr(value, part, None)) for part in ("init", "loss")):

@@ -65,7 +65,8 @@ def recording(
     """
     checks.client_optimizer(optimizer)
     if not isinstance(optimizer, optax.GradientTransformation):
-        return lambda round_number: recording(optimizer_of_round(optimizer, round_number), what)
+        of_round: Any = lambda round_number: recording(optimizer_of_round(optimizer, round_number), what)
+        return of_round
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params):

@@ -160,6 +160,7 @@ def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key,
         return server, record, ok
     if round.aggregate.reduce is not None:
         raise ValueError("oracle_run covers additive aggregators only")
+    env = env._replace(survivors=jnp.int32(sum(ok)))
     server, more = round.server_update(server, round.aggregate.finish(sums, env), serving)
     return server, record | more, ok
 

@@ -11,10 +11,14 @@ from algorithms.fedadagrad import fedadagrad
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
 from algorithms.fedavgm import fedavgm
+from algorithms.feddyn import feddyn
+from algorithms.fednova import fednova
+from algorithms.fedpd import fedpd
 from algorithms.fedprox import fedprox
 from algorithms.fedsgd import fedsgd
 from algorithms.fedyogi import fedyogi
 from algorithms.local_only import local_only
+from algorithms.scaffold import scaffold
 from tests.problems import softmax_model
 
 MODEL = softmax_model()
@@ -43,6 +47,12 @@ ALGORITHMS = {
     "fedadagrad": Entry(lambda: fedadagrad(MODEL, SGD, **LOCAL)),
     "fedadam": Entry(lambda: fedadam(MODEL, SGD, **LOCAL)),
     "fedyogi": Entry(lambda: fedyogi(MODEL, SGD, **LOCAL)),
+    "scaffold": Entry(lambda: scaffold(MODEL, SGD, **LOCAL)),
+    "scaffold_option_1": Entry(lambda: scaffold(MODEL, SGD, option="I", weighting="uniform", **LOCAL)),
+    "feddyn": Entry(lambda: feddyn(MODEL, SGD, alpha=1.0, **LOCAL)),
+    "fednova": Entry(lambda: fednova(MODEL, optax.sgd(0.05, 0.9), mu=0.5, epochs=fl.partial_work(4, 0.5))),
+    "fedpd": Entry(lambda: fedpd(MODEL, SGD, eta=1.0, **LOCAL)),
+    "fedpd_skipping": Entry(lambda: fedpd(MODEL, SGD, eta=1.0, p=0.5, **LOCAL)),
     "local_only": Entry(lambda: local_only(MODEL, SGD, **LOCAL)),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
