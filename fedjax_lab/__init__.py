@@ -31,6 +31,7 @@ from fedjax_lab.models.base import Model, Variables, add, difference, initial_va
 from fedjax_lab.oracle import oracle_run
 from fedjax_lab.population import mean_weight, population_mean
 from fedjax_lab.process import Process
+from fedjax_lab.repeating import repeated
 from fedjax_lab.result import Result
 from fedjax_lab.round import (
     Aggregator,

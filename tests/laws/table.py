@@ -11,13 +11,17 @@ from algorithms.fedadagrad import fedadagrad
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
 from algorithms.fedavgm import fedavgm
+from algorithms.feddane import feddane
 from algorithms.feddyn import feddyn
+from algorithms.fedlin import fedlin
 from algorithms.fednova import fednova
 from algorithms.fedpd import fedpd
 from algorithms.fedprox import fedprox
 from algorithms.fedsgd import fedsgd
 from algorithms.fedyogi import fedyogi
 from algorithms.local_only import local_only
+from algorithms.mime import mime
+from algorithms.mime_lite import mime_lite
 from algorithms.scaffold import scaffold
 from tests.problems import softmax_model
 
@@ -53,6 +57,10 @@ ALGORITHMS = {
     "fednova": Entry(lambda: fednova(MODEL, optax.sgd(0.05, 0.9), mu=0.5, epochs=fl.partial_work(4, 0.5))),
     "fedpd": Entry(lambda: fedpd(MODEL, SGD, eta=1.0, **LOCAL)),
     "fedpd_skipping": Entry(lambda: fedpd(MODEL, SGD, eta=1.0, p=0.5, **LOCAL)),
+    "feddane": Entry(lambda: feddane(MODEL, SGD, mu=0.5, **LOCAL)),
+    "fedlin": Entry(lambda: fedlin(MODEL, SGD, **LOCAL)),
+    "mime_adam": Entry(lambda: mime(MODEL, optax.adam(0.01), **LOCAL)),
+    "mime_lite_momentum": Entry(lambda: mime_lite(MODEL, optax.sgd(0.05, 0.9), **LOCAL)),
     "local_only": Entry(lambda: local_only(MODEL, SGD, **LOCAL)),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
