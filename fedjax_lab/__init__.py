@@ -1,8 +1,8 @@
 """fedjax_lab: federated learning and analytics as pure functions in JAX."""
 
-from fedjax_lab import aggregators, callbacks, checks, datasets, models, plots, transforms
+from fedjax_lab import aggregators, callbacks, checks, datasets, devices, models, plots, transforms, wire
 from fedjax_lab.client import ClientData
-from fedjax_lab.cohort import ClientStates, total_bytes
+from fedjax_lab.cohort import total_bytes
 from fedjax_lab.data import FederatedData, Split
 from fedjax_lab.descent import goes_downhill
 from fedjax_lab.evaluation import (
@@ -28,8 +28,9 @@ from fedjax_lab.local import (
 )
 from fedjax_lab.loops import client_loop
 from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
+from fedjax_lab.nesting import nested
 from fedjax_lab.oracle import oracle_run
-from fedjax_lab.population import mean_weight, population_mean
+from fedjax_lab.population import mean_weight, population_mean, population_weights
 from fedjax_lab.process import Process
 from fedjax_lab.repeating import repeated
 from fedjax_lab.result import Result
@@ -61,5 +62,10 @@ from fedjax_lab.sampling import (
     weighted,
 )
 from fedjax_lab.simulation import SimulationState, synchronous
+from fedjax_lab.sweep import sweep
+from fedjax_lab.sweep_result import SweepResult
+from fedjax_lab.transforms.downlink import downlink
+from fedjax_lab.transforms.uplink import uplink
+from fedjax_lab.states import ClientStates
 
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fedjax_lab import aggregators, checks
-from fedjax_lab.cohort import ClientStates, balanced_lanes, make_env, run_cohort
+from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_over_client
 from fedjax_lab.process import Process
 from fedjax_lab.round import ClientOutput, Round, identity
+from fedjax_lab.states import ClientStates
 
 PyTree = Any
 Evaluate = Callable[[Process, Any], dict[str, float]]
@@ -97,7 +99,7 @@ def client_metrics(
             made = compiled[id(process.round)] = (
                 process.round,
                 home,
-                _compile(process.round, personal),
+                _compile(process.round, personal, process.mesh, np.asarray(test.sizes)),
             )
         _, home, function = made
         sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home)
@@ -114,7 +116,7 @@ def _positions(test: FederatedData, train: FederatedData) -> jax.Array:
     return jnp.asarray([known.get(i, -1) for i in test.ids], jnp.int32)
 
 
-def _compile(round: Round, personal: bool):
+def _compile(round: Round, personal: bool, mesh: Mesh | None, sizes: np.ndarray):
     @jax.jit
     def function(server, clients: ClientStates, train, test, support, home):
         def own(position, env):
@@ -139,7 +141,8 @@ def _compile(round: Round, personal: bool):
             test,
             env,
             key,
-            balanced_lanes(test.num_clients),
+            mesh=mesh,
+            sizes=sizes,
         )
         put = lambda x: jnp.zeros_like(x).at[answers.ids].set(jnp.where(answers.ok, x, 0))
         return put(answers.weights), {n: put(v) for n, v in answers.metrics.items()}

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from fedjax_lab.cohort import ClientStates
 from fedjax_lab.data import FederatedData
 from fedjax_lab.models.base import Variables
 from fedjax_lab.round import Round
+from fedjax_lab.states import ClientStates
 
 PyTree = Any
 
@@ -26,6 +27,7 @@ class Process(NamedTuple):
       server: ``(state) -> ServerState``, for evaluation.
       clients: ``(state) -> ClientStates``, for evaluation.
       round: what a round computes.
+      mesh: the devices that share a cohort out; ``None`` for one.
     """
 
     init: Callable[..., PyTree]
@@ -36,6 +38,7 @@ class Process(NamedTuple):
     server: Callable[[PyTree], PyTree]
     clients: Callable[[PyTree], ClientStates]
     round: Round
+    mesh: Mesh | None = None
 
 
 def typed_key(key: Any) -> jax.Array:

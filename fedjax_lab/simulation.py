@@ -4,23 +4,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fedjax_lab import checks
-from fedjax_lab.cohort import (
-    Answers,
-    ClientStates,
-    balanced_lanes,
-    count_bytes,
-    empty_states,
-    make_env,
-    run_cohort,
-    select,
-)
+from jax.sharding import Mesh
+
+from fedjax_lab import checks, devices
+from fedjax_lab.cohort import Answers, count_bytes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
 from fedjax_lab.process import Process, typed_key
 from fedjax_lab.round import Round, nbytes
 from fedjax_lab.sampling import Sampler, check_sampler, everyone
+from fedjax_lab.states import ClientStates, empty_states
+from fedjax_lab.turn import select
 
 PyTree = Any
 
@@ -43,15 +39,23 @@ class SimulationState(NamedTuple):
     key: jax.Array
 
 
-def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None) -> Process:
+def synchronous(
+    round: Round,
+    data: FederatedData,
+    sampler: Sampler | None = None,
+    lanes: int | None = None,
+    mesh: Mesh | None = None,
+) -> Process:
     """Run a Round over a population, a cohort at a time.
 
     Args:
       round: what a round computes.
       data: the population.
       sampler: who takes part, everyone by default.
-      lanes: how many clients run side by side; by default chosen from the cohort's size. The result
-        does not depend on it beyond the order of float additions.
+      lanes: how many clients run side by side on each device; by default chosen from the cost of a step, the
+        backend and the clients' sizes. The result does not depend on it beyond the order of float additions.
+      mesh: devices to share the cohort out among, along an axis ``"clients"`` (:func:`fedjax_lab.devices.mesh`); one
+        device by default. Nor does the result depend on that.
 
     Returns:
       A :class:`Process`. Its step's metrics are ``invited``, ``survivors`` and ``non_finite`` clients,
@@ -70,35 +74,38 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
     check_sampler(sampler)
     sampler.init(data)
     jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
-    data = data.on_device()
+    mesh, count = devices.checked(mesh), 1
+    sizes, data = np.asarray(data.sizes), data.on_device()
+    if mesh is not None:
+        count = mesh.shape[devices.AXIS]
+        data = jax.device_put(data, devices.replicated(mesh))
     if lanes is not None:
         checks.positive(lanes, "lanes", integer=True)
 
-    @jax.jit
     def start(key, data, params):
         server_key, run_key = jax.random.split(key)
         server = strong(round.init(server_key, data, params))
         return SimulationState(
             server,
-            empty_states(round, server, data),
+            empty_states(round, server, data, count),
             strong(sampler.init(data)),
             jnp.int32(0),
             run_key,
         )
 
-    @jax.jit
     def step(state: SimulationState, data: FederatedData):
         key = jax.random.fold_in(state.key, state.round)
         public, clients, serving = (jax.random.fold_in(key, i) for i in range(3))
         probe = _probe(round, state.server, data, clients)
         ids, present, sampler_state = sampler.sample(state.sampler, public, data, probe)
         env = make_env(state.round, public, ids, present, data.num_clients)
-        width = min(lanes or balanced_lanes(len(ids)), len(ids))
-        answers = run_cohort(round, state.server, state.clients, data, env, clients, width)
+        answers = run_cohort(round, state.server, state.clients, data, env, clients, lanes, mesh, sizes)
         server, server_metrics = serve(round, state.server, answers, env, serving)
         sampler_state = sampler.update(sampler_state, answers.ids, answers.ok, answers.metrics)
         new = SimulationState(server, answers.clients, sampler_state, state.round + 1, state.key)
         return strong(new), cohort_metrics(answers) | server_metrics | probe.cost()
+
+    start, step = _compiled(start, step, data, mesh)
 
     def init(key, params=None):
         return start(typed_key(key), data, params)
@@ -108,10 +115,20 @@ def synchronous(round: Round, data: FederatedData, sampler: Sampler | None = Non
     lens: Any = round.model
     variables: Any = lambda state: lens.get(state.server) if lens else None
     return Process(
-        init, step, data,
+        init, step, data, mesh=mesh,
         params=lambda state: variables(state).params if lens else state.server,
         variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
     )  # fmt: skip
+
+
+def _compiled(start, step, data: FederatedData, mesh: Mesh | None):
+    """Both jitted; over a mesh with the same places for the state that comes out as for the one that goes in."""
+    if mesh is None:
+        return jax.jit(start), jax.jit(step)
+    whole, state = devices.replicated(mesh), jax.eval_shape(start, jax.random.key(0), data, None)
+    places = jax.tree.map(lambda _: whole, state)
+    places = places._replace(clients=jax.tree.map(lambda _: devices.by_client(mesh), state.clients))
+    return jax.jit(start, out_shardings=places), jax.jit(step, out_shardings=(places, whole))
 
 
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:
@@ -147,7 +164,7 @@ def _probe(round: Round, server: PyTree, data: FederatedData, key: jax.Array):
         variables, loss = round.model.get(server), round.loss
         asked.append(ids.shape[0])
         one = lambda i: mean_loss(loss, variables, data.view(i), jax.random.fold_in(key, i))
-        return jax.lax.map(one, ids, batch_size=balanced_lanes(ids.shape[0]))
+        return jax.lax.map(one, ids, batch_size=min(ids.shape[0], 16))
 
     def cost():
         if not asked:

@@ -199,7 +199,7 @@ def test_a_run_is_refused(process, case):
 def test_numpys_scalars_are_numbers(process):
     settings = {"epochs": np.int64(1), "batch_size": np.int32(10), "weighting": [float(n) for n in DATA.sizes]}
     same = fl.synchronous(fedavg(MODEL, optax.sgd(np.float32(0.1)), **settings), DATA, lanes=np.int64(8))
-    assert_same_bits(fl.run(same, np.int64(1)).params, fl.run(process, 1).params)
+    assert_same_bits(fl.run(same, np.int64(1)).params, fl.run(fl.synchronous(ROUND, DATA, lanes=8), 1).params)
     assert_same_bits(process.init(np.int64(3)), process.init(3))
 
 

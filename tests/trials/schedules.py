@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 import fedjax_lab as fl
-from fedjax_lab.cohort import client_turn, empty_states, make_env
+from fedjax_lab.cohort import make_env
+from fedjax_lab.states import empty_states
+from fedjax_lab.turn import client_turn
 
 
 class NodeState(NamedTuple):

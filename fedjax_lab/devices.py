@@ -1,0 +1,86 @@
+"""The devices of a run: a mesh along which the clients of a cohort are shared out."""
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_lab import checks
+
+AXIS = "clients"
+
+
+def use_cores(count: int | None = None) -> int:
+    """Make the CPU's cores devices of their own, so that :func:`mesh` can share clients out among them.
+
+    JAX sees a CPU as one device, whose second core only large matrix products use. Call this before anything
+    else of JAX runs.
+
+    Args:
+      count: how many devices; by default as many as this process has cores.
+
+    Returns:
+      The number of CPU devices.
+
+    Raises:
+      RuntimeError: JAX runs already.
+    """
+    count = len(os.sched_getaffinity(0)) if count is None and hasattr(os, "sched_getaffinity") else count
+    count = count or os.cpu_count() or 1
+    checks.positive(count, "count", integer=True)
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "call use_cores() before anything else of JAX runs: its devices are chosen already"
+        ) from error
+    return count
+
+
+def mesh(count: int | None = None) -> Mesh:
+    """A mesh of this computer's devices along the axis ``"clients"``, for ``fl.synchronous(..., mesh=...)``.
+
+    Args:
+      count: how many of them; all by default.
+
+    Raises:
+      ValueError: more than there are.
+    """
+    there = jax.devices()
+    count = len(there) if count is None else count
+    checks.positive(count, "count", integer=True)
+    if count > len(there):
+        raise ValueError(
+            f"a mesh of {count} devices was asked for, but JAX sees {len(there)} ({there[0].platform}); on a CPU, "
+            f"call fl.devices.use_cores({count}) before anything else of JAX runs"
+        )
+    return Mesh(np.array(there[:count]), (AXIS,))
+
+
+def checked(given: Mesh | None) -> Mesh | None:
+    """A mesh that clients can be shared out over; axes beside ``"clients"`` are left to the compiler.
+
+    Raises:
+      ValueError: no mesh, or one without that axis.
+    """
+    if given is None:
+        return None
+    if not isinstance(given, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh such as fl.devices.mesh() makes; got {checks.shown(given)}")
+    if AXIS not in given.axis_names:
+        raise ValueError(
+            f'the mesh has the axes {given.axis_names} and lacks "{AXIS}", which clients are shared out along'
+        )
+    return Mesh(given.devices, given.axis_names, axis_types=(AxisType.Auto,) * len(given.axis_names))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def by_client(mesh: Mesh) -> NamedSharding:
+    """The first axis in blocks along the clients' axis."""
+    return NamedSharding(mesh, P(AXIS))

@@ -1,0 +1,93 @@
+"""Who runs when: how many lanes, which clients share a chunk, which device takes it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Cost(NamedTuple):
+    """Seconds of one step of ``n`` clients side by side, ``once + n * (each + flops / rate)``; roughly.
+
+    ``most``: no more lanes than this.
+    """
+
+    once: float
+    each: float
+    rate: float
+    most: int
+
+
+# Measured with a logistic regression of 36,000 operations a step on a CPU: 17, 25, 45 and 60 us for 1, 2, 5, 10 lanes.
+CPU = Cost(once=12e-6, each=3e-6, rate=20e9, most=16)
+# Not measured: a step is some dozens of kernels that take microseconds to launch, whatever their width.
+ACCELERATOR = Cost(once=200e-6, each=1e-6, rate=2e12, most=256)
+DRAWS = 4  # of a cohort, to judge a number of lanes by
+
+
+class Plan(NamedTuple):
+    """A cohort's schedule.
+
+    Attributes:
+      slots: ``int32[chunks, lanes]``, places in the cohort; its size where a lane stays empty.
+      device: ``int32[chunks]``, which device runs the chunk.
+    """
+
+    slots: jax.Array
+    device: jax.Array
+
+
+def plan(work: jax.Array, lanes: int, devices: int = 1) -> Plan:
+    """Chunks of clients with about the same work, shared out among devices.
+
+    Args:
+      work: ``int32[cohort]``, what each client's turn costs; negative for empty slots.
+      lanes: clients in a chunk.
+      devices: each chunk goes, in order of falling work, to the device that has least so far (Graham's
+        longest processing time first), which is within a third of the best.
+    """
+    cohort = work.shape[0]
+    chunks = -(-cohort // lanes)
+    order = jnp.argsort(-work, stable=True) if chunks > 1 else jnp.arange(cohort)
+    pad = jnp.full(chunks * lanes - cohort, cohort)
+    slots = jnp.concatenate([order, pad]).astype(jnp.int32).reshape(chunks, lanes)
+    if devices == 1:
+        return Plan(slots, jnp.zeros(chunks, jnp.int32))
+
+    def give(load, cost):
+        device = jnp.argmin(load).astype(jnp.int32)
+        return load.at[device].add(jnp.maximum(cost, 0) + 1), device
+
+    longest = jnp.max(work.at[slots].get(mode="fill", fill_value=-1), axis=1)  # a chunk takes as long as this one
+    return Plan(slots, jax.lax.scan(give, jnp.zeros(devices, longest.dtype), longest)[1])
+
+
+def choose(flops: float, sizes: np.ndarray | None, cohort: int, devices: int = 1) -> int:
+    """The number of lanes that a round should take the least time with.
+
+    A chunk takes as many steps as its largest client and each step costs more the more lanes there are: small
+    models gain from many, large ones and cohorts with a dominating client from few.
+
+    Args:
+      flops: operations of one client's step.
+      sizes: the population's sizes, of which cohorts are drawn; ``None`` takes them all for equal.
+      cohort: clients in a round.
+      devices: that share the cohort out.
+    """
+    cost = CPU if jax.default_backend() == "cpu" else ACCELERATOR
+    rng = np.random.default_rng(0)
+    if sizes is None or len(sizes) == 0:
+        draws = [np.ones(cohort)]
+    else:
+        draws = [np.sort(np.asarray(sizes)[rng.integers(0, len(sizes), cohort)])[::-1] for _ in range(DRAWS)]
+
+    def time(lanes: int) -> float:
+        step = cost.once + lanes * (cost.each + flops / cost.rate)
+        return step * sum(max(sum(draw[::lanes]) / devices, draw[0]) for draw in draws)
+
+    # Powers of two and what fills the cohort's chunks evenly.
+    widest = max(min(cost.most, -(-cohort // devices)), 1)
+    even = {-(-cohort // chunks) for chunks in range(devices, cohort + 1, devices)}
+    candidates = {n for n in even | {2**i for i in range(9)} | {1} if n <= widest}
+    return min(sorted(candidates), key=time)

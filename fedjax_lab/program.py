@@ -1,0 +1,63 @@
+"""A function traced once: run from its program, and looked into for what a step of it costs."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn
+
+from fedjax_lab import convolutions
+
+PyTree = Any
+
+
+class Program(NamedTuple):
+    """A traced function.
+
+    Attributes:
+      call: the function, for arguments of the shapes it was traced with.
+      flops: floating-point operations of its matrix products and convolutions, a loop's body counted once:
+        for a client's turn, about those of one training step.
+    """
+
+    call: Callable
+    flops: float
+
+
+def trace(function: Callable, *arguments: PyTree) -> Program:
+    """Trace a function of pytrees; on a CPU its convolutions get the form that is fast in loops.
+
+    Args:
+      function: of pytrees of arrays.
+      *arguments: what it will be called with, or their shapes.
+    """
+    traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    if jax.default_backend() == "cpu":
+        traced = convolutions.canonical_everywhere(traced)
+    structure = jax.tree.structure(shape)
+
+    def call(*arguments):
+        out = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(arguments))
+        return jax.tree.unflatten(structure, out)
+
+    return Program(call, flops(traced.jaxpr))
+
+
+def flops(jaxpr: Jaxpr) -> float:
+    """Multiplications and additions in a program's matrix products and convolutions, loops counted once."""
+    return sum(map(_own_flops, jaxpr.eqns)) + sum(
+        flops(sub) for eqn in jaxpr.eqns for sub in convolutions.programs_of(eqn)
+    )
+
+
+def _own_flops(eqn: JaxprEqn) -> float:
+    size = lambda v: math.prod(v.aval.shape)
+    if eqn.primitive.name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        return 2.0 * size(eqn.outvars[0]) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    if eqn.primitive.name == convolutions.CONVOLUTION:
+        kernel = eqn.invars[1].aval.shape
+        outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2.0 * size(eqn.outvars[0]) * math.prod(kernel) / outputs
+    return 0.0

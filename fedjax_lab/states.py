@@ -1,0 +1,90 @@
+"""The population's client states: one stacked table, gathered for a cohort and scattered after it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab.data import FederatedData
+from fedjax_lab.round import Round
+
+PyTree = Any
+
+
+class ClientStates(NamedTuple):
+    """The population's client states: ``table`` leaves ``[clients, ...]``, ``known: bool[clients]``.
+
+    A row that isn't ``known`` holds zeros; the client's state is made at its first contact. Both are
+    ``()`` for rounds whose clients keep nothing.
+    """
+
+    table: PyTree
+    known: Any
+
+
+def empty_states(round: Round, server: PyTree, data: FederatedData, devices: int = 1) -> ClientStates:
+    """The states of a population that nobody has contacted.
+
+    The table has as many rows as clients, rounded up to a multiple of ``devices``.
+    """
+    shape = jax.eval_shape(lambda s, d: round.init_client(s, d.view(jnp.int32(0))), server, data)
+    if not jax.tree.leaves(shape):
+        return ClientStates(shape, ())
+    rows = -(-data.num_clients // devices) * devices
+    zeros = lambda s: jnp.zeros((rows, *s.shape), s.dtype)
+    return ClientStates(jax.tree.map(zeros, shape), jnp.zeros(rows, bool))
+
+
+def gather(clients: ClientStates, ids: jax.Array, axis: str | None = None) -> tuple[PyTree, jax.Array]:
+    """The states of the clients ``ids: int32[n]`` and which of them are known, ``bool[n]``.
+
+    With ``axis``, a mesh axis inside ``shard_map``, each device holds its own block of the table's rows and
+    every device gets all of the ``n``.
+    """
+    if not jax.tree.leaves(clients.table):
+        return clients.table, jnp.ones(ids.shape, bool)
+    seats, here = _seats(clients, ids, axis)
+    pick = lambda t: t[jnp.where(here, seats, 0)]
+    found = (jax.tree.map(pick, clients.table), pick(clients.known))
+    if axis is None:
+        return found
+    return exchange(jax.tree.map(lambda x: zero_unless(here, x), found), axis)
+
+
+def scatter(
+    clients: ClientStates, ids: jax.Array, alive: jax.Array, states: PyTree, axis: str | None = None
+) -> ClientStates:
+    """Write the survivors' states; every other row keeps its bits."""
+    if not jax.tree.leaves(clients.table):
+        return clients
+    seats, here = _seats(clients, ids, axis)
+    target = jnp.where(alive & here, seats, clients.known.shape[0])
+    put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
+    return ClientStates(jax.tree.map(put, clients.table, states), clients.known.at[target].set(True, mode="drop"))
+
+
+def _seats(clients: ClientStates, ids: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+    """Each client's row among those that are held here, and whether it is held here."""
+    rows = clients.known.shape[0]
+    seats = ids if axis is None else ids - jax.lax.axis_index(axis) * rows
+    return seats, (seats >= 0) & (seats < rows)
+
+
+def zero_unless(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """``x: [n, ...]`` with zeros where ``keep: bool[n]`` doesn't hold; PRNG keys become their data."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(zero_unless(keep, jax.random.key_data(x)), impl=jax.random.key_impl(x))
+    return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def exchange(tree: PyTree, axis: str) -> PyTree:
+    """The sum over a mesh axis, in each leaf's own type, of values that all devices but one have zeros for."""
+
+    def total(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(total(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        if x.dtype == bool:
+            return jax.lax.psum(x.astype(jnp.int32), axis) > 0
+        return jax.lax.psum(x, axis)
+
+    return jax.tree.map(total, tree)
