@@ -36,11 +36,13 @@ class CellProgram(NamedTuple):
       start: ``(consts, values, key, params) -> state``.
       step: ``(consts, values, state, data) -> (state, metrics)``.
       read: ``(consts, values, state) -> params``.
+      size: numbers in ``params``.
     """
 
     start: Traced
     step: Traced
     read: Traced
+    size: int
 
 
 def build(make_process: MakeProcess, values: dict[str, Number]) -> Process:
@@ -87,16 +89,16 @@ def checked(make_process: MakeProcess, cells: Cells) -> Process:
 
 
 def _same_data(a: PyTree, b: PyTree) -> bool:
+    ours, theirs = getattr(a, "id_table", None), getattr(b, "id_table", None)
     left, right = jax.tree.leaves(a), jax.tree.leaves(b)
-    if len(left) != len(right) or list(getattr(a, "ids", ())) != list(getattr(b, "ids", ())):
+    if len(left) != len(right) or (ours is not theirs and list(a.ids) != list(b.ids)):
         return False
+    return all(x is y or _same_bits(np.asarray(x), np.asarray(y)) for x, y in zip(left, right, strict=True))
 
-    def same(x, y) -> bool:
-        if x is y:
-            return True
-        return x.shape == y.shape and x.dtype == y.dtype and bool(jnp.array_equal(x, y))
 
-    return all(map(same, left, right))
+def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    bits = lambda a: np.ascontiguousarray(a).reshape(-1).view(np.uint8)
+    return x.shape == y.shape and x.dtype == y.dtype and np.array_equal(bits(x), bits(y))
 
 
 def trace(make_process: MakeProcess, cells: Cells, reference: Process, params: PyTree) -> CellProgram:
@@ -119,6 +121,16 @@ def trace(make_process: MakeProcess, cells: Cells, reference: Process, params: P
         raise _explained(error, make_process, first, reference, params) from error
 
 
+def trace_more(
+    function: Callable[..., PyTree], make_process: MakeProcess, cells: Cells, reference: Process, state: PyTree
+) -> Traced:
+    """``function(process, state, data)`` of a cell, traced as ``(consts, values, state, data)``."""
+    make = _maker(make_process, tuple(cells.grids), {}, reference)
+    scalars = tuple(_scalar(values[0]) for values in cells.grids.values())
+    call = lambda values, state, data: function(make(values), state, data)
+    return _traced(call, scalars, state, reference.data)[0]
+
+
 def _scalar(value: Number) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(np.asarray(value).dtype), weak_type=True)
 
@@ -134,8 +146,8 @@ def _trace(make: Callable[[tuple], Process], reference: Process, scalars: tuple,
     start, state = _traced(lambda values, key, params: make(values).init(key, params), scalars, key, params)
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
     step, _ = _traced(lambda values, state, data: make(values).step(state, data), scalars, state, reference.data)
-    read, _ = _traced(lambda values, state: make(values).params(state), scalars, state)
-    return CellProgram(start, step, read)
+    read, shape = _traced(lambda values, state: make(values).params(state), scalars, state)
+    return CellProgram(start, step, read, sum(leaf.size for leaf in jax.tree.leaves(shape)))
 
 
 def _traced(function: Callable, *arguments: PyTree) -> tuple[Traced, PyTree]:
@@ -178,6 +190,10 @@ def _place(error: Exception) -> str:
     libraries = [pathlib.Path(module.__file__ or "").parent for module in (jax, np, optax)]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = pathlib.Path(frame.filename)
-        if file.is_absolute() and file != pathlib.Path(__file__) and not any(l in file.parents for l in libraries):
+        if (
+            file.is_absolute()
+            and file != pathlib.Path(__file__)
+            and not any(folder in file.parents for folder in libraries)
+        ):
             return f"{file.parent.name}/{file.name}, line {frame.lineno} ({checks.shown(frame.line or '?').strip()})"
     return "make_process"

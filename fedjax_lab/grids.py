@@ -146,7 +146,7 @@ def keywords(make_process: Any, grids: Iterable[str]) -> None:
     if not callable(make_process):
         raise ValueError(
             "sweep takes a function of the hyper-parameters that makes a Process, such as lambda learning_rate: "
-            f"fl.synchronous(fedavg(model, optax.sgd(learning_rate)), data); got {checks.shown(make_process)}"
+            f"fl.synchronous(fedavg(model, optax.sgd(learning_rate)), data); got a {type(make_process).__name__}"
         )
     parameters = _parameters(make_process)
     if parameters is None:

@@ -116,7 +116,7 @@ def draw_runs(ax: Any, runs: Mapping[str, Any], name: str, x: str = "round") -> 
     seeds = {label: [_records(run) for run in _seeds(runs[label])] for label in runs}
     curves = {label: curve(each, name, x) for label, each in seeds.items()}
     largest = max(xs[-1] for xs, _, _ in curves.values())
-    scale, unit = next(u for u in _UNITS if largest >= u[0] or u[0] == 1) if x != "round" else (1, "")
+    scale, unit = unit_of(largest, x)
     unequal = len({len(each) for each in seeds.values()}) > 1
     for index, (label, (xs, mean, spread)) in enumerate(curves.items()):
         several = len(seeds[label]) > 1
@@ -126,6 +126,16 @@ def draw_runs(ax: Any, runs: Mapping[str, Any], name: str, x: str = "round") -> 
         if several:
             low, high, colour = mean - spread, mean + spread, look(index)["color"]
             ax.fill_between(xs / scale, low, high, color=colour, alpha=0.18, linewidth=0)
+    label_axes(ax, name, x, unit)
+
+
+def unit_of(largest: float, x: str = "round") -> tuple[float, str]:
+    """The scale and the unit in which an x axis up to ``largest`` reads best; rounds have none."""
+    return next(u for u in _UNITS if largest >= u[0] or u[0] == 1) if x != "round" else (1, "")
+
+
+def label_axes(ax: Any, name: str, x: str, unit: str) -> None:
+    """Label both axes of a curve of the metric ``name``."""
     words = {"round": "round", "bytes": "uplink and downlink"}.get(x, x.removesuffix("_bytes"))
     ax.set_xlabel("round" if x == "round" else f"{words} so far ({unit})")
     ax.set_ylabel(name.replace("_", " "))
