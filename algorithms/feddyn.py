@@ -76,15 +76,13 @@ def feddyn(
         return server._replace(inner=base.model.set(inner, inner.variables._replace(params=params)), h=h), metrics
 
     both = fl.aggregators.pair(fl.aggregators.mean(), fl.population_mean())
-    return base._replace(
+    return fl.nested(
+        base,
+        message=False,
         init=init,
         init_client=lambda server, client: FedDynClient(base.init_client(server.inner, client), zeros(server.inner)),
         broadcast=lambda server, state, client, key: server.inner.variables,
         client_update=client_update,
         aggregate=both._replace(lift=lambda upload, *rest: both.lift((upload, upload.params), *rest)),
         server_update=server_update,
-        model=fl.Lens(
-            lambda server: server.inner.variables,
-            lambda server, variables: server._replace(inner=server.inner._replace(variables=variables)),
-        ),
     )

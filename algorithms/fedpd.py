@@ -114,15 +114,12 @@ def fedpd(
         return FedPDServer(inner, known), metrics
 
     everyone = fl.population_mean()
-    return base._replace(
+    return fl.nested(
+        base,
+        message=False,
         init=init,
         init_client=init_client,
-        broadcast=lambda server, state, client, key: server.inner.variables,
         client_update=client_update,
         aggregate=fl.aggregators.pair(fl.aggregators.pair(everyone, fl.aggregators.mean()), everyone),
         server_update=server_update,
-        model=fl.Lens(
-            lambda server: server.inner.variables,
-            lambda server, variables: server._replace(inner=server.inner._replace(variables=variables)),
-        ),
     )

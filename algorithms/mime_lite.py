@@ -18,7 +18,6 @@ import optax
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
-from fedjax_lab.round import through
 
 
 class MimeServer(NamedTuple):
@@ -69,12 +68,12 @@ def with_statistics(model: fl.Model, base_optimizer: optax.GradientTransformatio
     fl.goes_downhill(base_optimizer, "base_optimizer")
     fl.checks.absent(local_work, "keep_optimizer_state", "the optimizer's state is the server's")
     rule = optax.with_extra_args_support(base_optimizer)
-    frozen = optax.GradientTransformationExtraArgs(
-        rule.init, lambda updates, s, params=None, **extra: (rule.update(updates, s, params, **extra)[0], s)
-    )
-    base = fedavg(model, frozen, **local_work | {"keep_optimizer_state": True})
-    inside, put = lambda nest: nest.inner, lambda nest, part: nest._replace(inner=part)
-    assert base.model is not None and base.view is not None
+
+    def update(updates, state, params=None, **extra):
+        return rule.update(updates, state, params, **extra)[0], state
+
+    frozen = optax.GradientTransformationExtraArgs(rule.init, update)
+    base = fedavg(model, frozen, **{**local_work, "keep_optimizer_state": True})
 
     def init(key, data, params=None):
         inner = base.init(key, data, params)
@@ -87,16 +86,13 @@ def with_statistics(model: fl.Model, base_optimizer: optax.GradientTransformatio
         inner, metrics = base.server_update(server.inner, update, key)
         return server._replace(inner=inner), metrics
 
-    return base._replace(
+    return fl.nested(
+        base,
         init=init,
         init_client=lambda server, client: (),
         broadcast=lambda server, state, client, key: MimeMessage(server.inner.variables, server.s),
         client_update=client_update,
-        aggregate=fl.aggregators.within(base.aggregate, inside),
         server_update=server_update,
-        personalize=lambda message, state, client, key: message.inner,
-        model=through(inside, put, base.model),
-        view=through(inside, put, base.view),
     )
 
 

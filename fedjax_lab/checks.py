@@ -181,6 +181,15 @@ def probability(value: Any, name: str) -> None:
         raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
 
 
+def finite(value: Any, name: str) -> None:
+    """Refuse what isn't one finite number; a traced one (a sweep's) passes."""
+    if isinstance(value, Tracer):
+        return
+    number = _number(value)
+    if number is None or not np.isfinite(number):
+        raise ValueError(f"{name} must be a finite number; got {shown(value)}")
+
+
 def absent(options: dict[str, Any], name: str, why: str) -> None:
     """Refuse an option that is switched on although it makes no sense here."""
     if options.get(name):

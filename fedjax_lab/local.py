@@ -173,7 +173,7 @@ def _full_batch_loop(step, carry, client, trips, amount, key, static, pieces):
 
 def mean_over_client(function: Callable[[PyTree, jax.Array], dict[str, jax.Array]], client: ClientData) -> dict:
     """Means over a client's examples of ``function(batch, mask) -> {name: float[batch]}``; 0 if empty."""
-    shapes = jax.eval_shape(lambda: function(*_first(client)))
+    shapes = jax.eval_shape(function, *_first(client))
     if not isinstance(shapes, dict):
         raise ValueError(f"a model's metrics must be a dict {{name: float[batch]}}; got {checks.shown(shapes)}")
     zeros = {name: jnp.zeros((), jnp.float32) for name in shapes}

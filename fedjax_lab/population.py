@@ -10,10 +10,8 @@ from fedjax_lab.aggregators import divide, per_population
 from fedjax_lab.round import Aggregator
 
 
-def mean_weight(weighting: Any, data: Any) -> jax.Array:
-    """The mean of :func:`fedjax_lab.client_weight` over a population, ``float32[]``.
-
-    A client's weight divided by it is its ``p_k`` times the number of clients: 1 if all weigh the same.
+def population_weights(weighting: Any, data: Any) -> jax.Array:
+    """:func:`fedjax_lab.client_weight` of every client, ``float32[population]``; 0 for those without examples.
 
     Args:
       weighting: ``"examples"``, ``"uniform"`` or an array ``float[population]``.
@@ -28,7 +26,15 @@ def mean_weight(weighting: Any, data: Any) -> jax.Array:
         weights = sizes if weighting == "examples" else jnp.ones(data.num_clients)
     else:
         weights = jnp.asarray(weighting, jnp.float32)
-    return jnp.mean(jnp.where(sizes > 0, weights, 0).astype(jnp.float32))
+    return jnp.where(sizes > 0, weights, 0).astype(jnp.float32)
+
+
+def mean_weight(weighting: Any, data: Any) -> jax.Array:
+    """The mean of :func:`population_weights`, ``float32[]``.
+
+    A client's weight divided by it is its ``p_k`` times the number of clients: 1 if all weigh the same.
+    """
+    return jnp.mean(population_weights(weighting, data))
 
 
 def population_mean() -> Aggregator:

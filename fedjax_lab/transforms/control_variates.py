@@ -10,8 +10,9 @@ from fedjax_lab.aggregators import pair, within
 from fedjax_lab.gradients import client_gradient, forget_recorded, mean_recorded
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import add, difference
+from fedjax_lab.nesting import nested
 from fedjax_lab.population import mean_weight, population_mean
-from fedjax_lab.round import Round, Transform, chain_tilts, identity, nbytes, shift, through
+from fedjax_lab.round import Round, Transform, chain_tilts, identity, nbytes, shift
 
 PyTree = Any
 
@@ -97,17 +98,15 @@ def control_variates(option: str = "II", weighting: Any = "examples") -> Transfo
             moved = jax.tree.map(lambda x: x / server.mean_weight, aggregate[1])
             return server._replace(inner=inner, c=add(server.c, moved)), metrics
 
-        inside, put = lambda nest: nest.inner, lambda nest, part: nest._replace(inner=part)
-        return round._replace(
+        return nested(
+            round,
+            client=True,
             init=init,
             init_client=init_client,
             broadcast=broadcast,
             client_update=client_update,
-            aggregate=pair(within(round.aggregate, inside), population_mean()),
+            aggregate=pair(within(round.aggregate, lambda message: message.inner), population_mean()),
             server_update=server_update,
-            personalize=lambda m, s, client, key: round.personalize(m.inner, s.inner, client, key),
-            model=through(inside, put, model),
-            view=through(inside, put, view),
         )
 
     return transform

@@ -15,7 +15,8 @@ from fedjax_lab.client import ClientData
 from fedjax_lab.gradients import client_gradient
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import Round, Tilt, Transform, chain_tilts, identity, nbytes, through
+from fedjax_lab.nesting import nested
+from fedjax_lab.round import Round, Tilt, Transform, chain_tilts, identity, nbytes
 
 PyTree = Any
 
@@ -62,7 +63,6 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
             raise ValueError("gradient_rounds() corrects local training, but this Round trains no model")
         if {"partial", "many_models"} & round.traits:
             raise ValueError("gradient_rounds() comes before transforms that split or multiply the model: put it first")
-        inside, put = lambda nest: nest.inner, lambda nest, part: nest._replace(inner=part)
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
@@ -93,7 +93,7 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
                 trained=run,
             )
 
-        sums = pair(within(round.aggregate, inside), mean())
+        sums = pair(within(round.aggregate, lambda message: message.inner), mean())
 
         def finish(value, env):
             return (*sums.finish(value, env), env.round % 2 == 1)
@@ -105,16 +105,13 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
                 select(training, inner, server.inner), select(training, server.gradient, gradient)
             ), metrics
 
-        return round._replace(
+        return nested(
+            round,
             init=init,
-            init_client=lambda server, client: round.init_client(server.inner, client),
             broadcast=broadcast,
             client_update=client_update,
             aggregate=sums._replace(finish=finish),
             server_update=server_update,
-            personalize=lambda m, s, client, key: round.personalize(m.inner, s, client, key),
-            model=through(inside, put, model),
-            view=through(inside, put, view),
             traits=round.traits | {"paired_rounds"},
         )
 
@@ -124,11 +121,12 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
 def idle_in_even_rounds(local_work: dict[str, Any]) -> dict[str, Any]:
     """The same ``epochs`` or ``steps`` of :func:`fedjax_lab.local_training` in odd rounds, none in even ones."""
     unit = "steps" if local_work.get("steps") is not None else "epochs"
-    amount: Any = 1 if local_work.get(unit) is None else local_work[unit]
+    amount = 1 if local_work.get(unit) is None else local_work[unit]
     checks.positive(amount, unit, integer=True)
 
     def work(client, key):
-        return jnp.where(client.env.round % 2 == 1, amount(client, key) if callable(amount) else amount, 0)
+        todo: Any = amount(client, key) if callable(amount) else amount
+        return jnp.where(client.env.round % 2 == 1, todo, 0)
 
     return local_work | {unit: work}
 

@@ -7,6 +7,9 @@ import optax
 
 import fedjax_lab as fl
 from algorithms._template import template
+from algorithms.adaptive_fedavg import adaptive_fedavg
+from algorithms.adaptive_fedprox import adaptive_fedprox
+from algorithms.afl import afl
 from algorithms.fedadagrad import fedadagrad
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
@@ -15,6 +18,7 @@ from algorithms.feddane import feddane
 from algorithms.feddyn import feddyn
 from algorithms.fedlin import fedlin
 from algorithms.fednova import fednova
+from algorithms.fedpa import fedpa
 from algorithms.fedpd import fedpd
 from algorithms.fedprox import fedprox
 from algorithms.fedsgd import fedsgd
@@ -22,7 +26,10 @@ from algorithms.fedyogi import fedyogi
 from algorithms.local_only import local_only
 from algorithms.mime import mime
 from algorithms.mime_lite import mime_lite
+from algorithms.q_fedavg import q_fedavg
+from algorithms.q_fedsgd import q_fedsgd
 from algorithms.scaffold import scaffold
+from algorithms.term import term
 from tests.problems import softmax_model
 
 MODEL = softmax_model()
@@ -61,6 +68,14 @@ ALGORITHMS = {
     "fedlin": Entry(lambda: fedlin(MODEL, SGD, **LOCAL)),
     "mime_adam": Entry(lambda: mime(MODEL, optax.adam(0.01), **LOCAL)),
     "mime_lite_momentum": Entry(lambda: mime_lite(MODEL, optax.sgd(0.05, 0.9), **LOCAL)),
+    "fedpa": Entry(lambda: fedpa(MODEL, SGD, samples=3, burn_in=1, rho=0.5, epochs=1)),
+    "afl": Entry(lambda: afl(MODEL, SGD, lam_learning_rate=0.1, **LOCAL)),
+    "q_fedavg": Entry(lambda: q_fedavg(MODEL, SGD, q=1.0, L=10.0, **LOCAL)),
+    "q_fedsgd": Entry(lambda: q_fedsgd(MODEL, q=0.5, L=5.0)),
+    "term": Entry(lambda: term(MODEL, SGD, t=1.0, **LOCAL)),
+    "term_hierarchical": Entry(lambda: term(MODEL, SGD, t=-0.5, tau=0.5, **LOCAL)),
+    "adaptive_fedprox": Entry(lambda: adaptive_fedprox(MODEL, SGD, patience=1, **LOCAL)),
+    "adaptive_fedavg": Entry(lambda: adaptive_fedavg(MODEL, optax.adam(0.05), **LOCAL)),
     "local_only": Entry(lambda: local_only(MODEL, SGD, **LOCAL)),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }

@@ -1,0 +1,36 @@
+"""Rounds around a Round: state and messages that hold the inner ones, and what follows from that."""
+
+from typing import Any
+
+from fedjax_lab.aggregators import within
+from fedjax_lab.round import Round, identity, through
+
+
+def nested(round: Round, *, message: bool = True, client: bool = False, **parts: Any) -> Round:
+    """A Round whose server state has the inner round's as its field ``inner``.
+
+    Lenses, ``personalize``, ``init_client``, ``broadcast`` and the aggregator look inside by themselves; what the
+    outer round does differently is given, as for ``round._replace``.
+
+    Args:
+      round: the inner Round.
+      message: whether messages hold the inner ones in the same way; ``broadcast`` must be given then.
+      client: whether client states do; ``init_client`` must be given then.
+      **parts: fields of :class:`fedjax_lab.Round`.
+    """
+    inside: Any = lambda nest: nest.inner
+    put: Any = lambda nest, part: nest._replace(inner=part)
+    sent, kept = inside if message else identity, inside if client else identity
+    own: dict[str, Any] = {
+        "init_client": lambda server, client: round.init_client(server.inner, client),
+        "broadcast": lambda server, state, client, key: round.broadcast(server.inner, kept(state), client, key),
+    }
+    if round.personalize is not None:
+        own["personalize"] = lambda m, s, client, key: round.personalize(sent(m), kept(s), client, key)
+    if round.model is not None:
+        own["model"] = through(inside, put, round.model)
+    if message:
+        own["aggregate"] = within(round.aggregate, inside)
+        if round.view is not None:
+            own["view"] = through(inside, put, round.view)
+    return round._replace(**own | parts)
