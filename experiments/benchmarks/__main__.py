@@ -1,28 +1,39 @@
-"""``python -m experiments.benchmarks limit``"""
+"""``python -m experiments.benchmarks limit|peers|growth|memory|devices|startup``"""
 
 import sys
 
 import tyro
 
-from experiments.benchmarks import limit
+from experiments.benchmarks import devices, growth, limit, memory, startup
+from experiments.benchmarks.peers import command as peers
 from experiments.benchmarks.workloads import UnknownWorkload
 
-SUBCOMMANDS = {"limit": limit.main}
+SUBCOMMANDS = {
+    "limit": limit.main,
+    "peers": peers.main,
+    "growth": growth.main,
+    "memory": memory.main,
+    "devices": devices.main,
+    "startup": startup.main,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; bad input ends with one line and status 2."""
+    """Run one subcommand; bad input ends with one line and status 2, sides that don't agree with status 1."""
     try:
-        tyro.extras.subcommand_cli_from_dict(
+        status = tyro.extras.subcommand_cli_from_dict(
             SUBCOMMANDS,
             prog="python -m experiments.benchmarks",
             description="Measure how fast a round is.",
             args=arguments,
         )
-    except UnknownWorkload as error:
+    except (UnknownWorkload, peers.UnknownPeer, growth.UnknownPart) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except (peers.Failed, devices.Disagree, limit.DifferentSteps) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return status or 0
 
 
 if __name__ == "__main__":

@@ -1,30 +1,54 @@
-"""``limit``: a round of FedAvg against a hand-written ``lax.scan`` that makes as many SGD steps.
+"""``limit``: a round of FedAvg against a hand-written loop that makes as many SGD steps.
 
 The loop is the limit that a simulator of sequential clients can reach: one model, no clients, no
 sampling, no averaging, every batch's rows chosen beforehand. Its batches are always full, where the
-last one of a client's epoch may not be.
+last one of a client's epoch may not be. It is a ``lax.scan``, or, for convolutional models, a Python
+loop over a jitted step: XLA:CPU leaves convolutions inside loops in a slow form (jax 0.10), so that a
+scan would be too easy to beat. ``--in-scan`` shows by how much.
 """
 
+import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import fedjax_lab as fl
-from experiments.benchmarks import pairs
+from experiments.benchmarks import engine, pairs
 from experiments.benchmarks.workloads import Workload, chosen
 
 
-def hand_written(work: Workload):
-    """``(arrays, rows: int[steps, batch], params) -> params``: plain SGD on the given rows."""
+class DifferentSteps(RuntimeError):
+    """Our side and the hand-written loop don't compute the same."""
 
-    @jax.jit
+
+def hand_written(work: Workload, top_level: bool | None = None) -> Callable:
+    """``(arrays, rows: int[steps, batch], params) -> params``: plain SGD on the given rows.
+
+    Args:
+      work: the model and the learning rate.
+      top_level: a jitted step in a Python loop, rather than a jitted ``scan``; by default as the
+        workload has it.
+    """
+
+    def step(arrays, params, batch):
+        grads = jax.grad(work.mean_loss)(params, arrays["x"][batch], arrays["y"][batch])
+        return jax.tree.map(lambda w, g: w - work.learning_rate * g, params, grads)
+
+    if not (work.top_level if top_level is None else top_level):
+        return jax.jit(lambda arrays, rows, params: jax.lax.scan(
+            lambda params, batch: (step(arrays, params, batch), None), params, rows
+        )[0])  # fmt: skip
+
+    once = jax.jit(step, donate_argnums=1)
+
     def train(arrays, rows, params):
-        def step(params, batch):
-            grads = jax.grad(work.mean_loss)(params, arrays["x"][batch], arrays["y"][batch])
-            return jax.tree.map(lambda w, g: w - work.learning_rate * g, params, grads), None
-
-        return jax.lax.scan(step, params, rows)[0]
+        params = jax.tree.map(jnp.array, params)  # a copy, to be given away
+        for batch in np.asarray(rows):
+            params = once(arrays, params, batch)
+        return params
 
     return train
 
@@ -45,55 +69,93 @@ def check_same_steps(work: Workload, data: fl.FederatedData) -> None:
     """One client with one batch of examples: both sides must reach the same parameters.
 
     Raises:
-      RuntimeError: they don't, so that no timing would mean anything.
+      DifferentSteps: they don't, so that no timing would mean anything.
     """
     few = {name: np.asarray(leaf)[: work.batch_size] for name, leaf in data.arrays.items()}
     alone = fl.FederatedData.from_clients({0: few})
-    process = fl.synchronous(work.algorithm(), alone)
-    ours = process.params(process.step(process.init(jax.random.key(0)), process.data)[0])
-    rows = batches(work, alone, np.array([0]), 0)
-    theirs = hand_written(work)(process.data.arrays, rows, work.params())
+    process = engine.process(work.algorithm(), alone, devices=1)
+    start = process.init(jax.random.key(0), params=work.params())
+    ours = process.params(process.step(start, process.data)[0])
+    theirs = hand_written(work)(few, batches(work, alone, np.array([0]), 0), work.params())
+    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+        raise DifferentSteps(f"{work.name}: the two sides train different models; nothing was timed")
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         if a.shape != b.shape or not np.allclose(a, b, rtol=1e-4, atol=1e-6):
-            raise RuntimeError(f"{work.name}: the two sides train different models; nothing was timed")
+            raise DifferentSteps(f"{work.name}: the two sides train different models; nothing was timed")
 
 
-def measure(work: Workload, data: fl.FederatedData, cohort: int, runs: int, draws: int) -> list:
-    """Microseconds per SGD step, ``[(ours, theirs)]``, over ``draws`` cohorts of ``runs`` pairs each."""
+def measure(
+    work: Workload, data: fl.FederatedData, cohort: int, runs: int, draws: int, devices: int | None = None
+) -> list[pairs.Pair]:
+    """Microseconds per SGD step over ``draws`` cohorts of ``runs`` pairs each."""
     out = []
+    arrays = jax.device_put({name: np.asarray(leaf) for name, leaf in data.arrays.items()})
+    loop, params = hand_written(work), work.params()
     for draw in range(draws):
         drawn = np.random.default_rng(draw).choice(data.num_clients, cohort, replace=False)
-        process = fl.synchronous(work.algorithm(), data, fl.fixed(drawn))
-        start = process.init(jax.random.key(draw))
-        loop, rows = hand_written(work), jax.device_put(batches(work, data, drawn, draw))
-        arrays, params = process.data.arrays, work.params()
-        times = pairs.paired(
-            lambda process=process, start=start: process.step(start, process.data),
-            lambda arrays=arrays, rows=rows, params=params, loop=loop: loop(arrays, rows, params),
-            runs,
-        )
-        micro = 1e6 / work.steps(np.asarray(data.sizes)[drawn])
-        out += [(ours * micro, theirs * micro) for ours, theirs in times]
+        process = engine.process(work.algorithm(), data, fl.fixed(drawn), devices)
+        ours = engine.rounds(process, process.init(jax.random.key(draw)))
+        rows = batches(work, data, drawn, draw)
+        rows = rows if work.top_level else jax.device_put(rows)
+        times = pairs.paired(ours, functools.partial(loop, arrays, rows, params), runs)
+        out += pairs.scaled(times, 1e6 / work.steps(np.asarray(data.sizes)[drawn]))
     return out
 
 
-def main(workloads: str = "w1", quick: bool = False, json: pathlib.Path | None = None) -> None:
+def in_scan(work: Workload, data: fl.FederatedData, runs: int, steps: int = 3) -> list[pairs.Pair]:
+    """Microseconds per hand-written step inside ``lax.scan`` ("ours"), and outside of any loop ("theirs")."""
+    arrays = jax.device_put({name: np.asarray(leaf) for name, leaf in data.arrays.items()})
+    rows = np.arange(steps * work.batch_size, dtype=np.int32).reshape(steps, work.batch_size)
+    inside, outside = hand_written(work, top_level=False), hand_written(work, top_level=True)
+    params = work.params()
+    times = pairs.paired(lambda: inside(arrays, rows, params), lambda: outside(arrays, rows, params), runs)
+    return pairs.scaled(times, 1e6 / steps)
+
+
+def matrix_rate(size: int = 2048, runs: int = 5) -> float:
+    """The best rate of a large float32 matrix product in one process, in gigaflop per second."""
+    product = jax.jit(lambda a: a @ a)
+    a = jnp.ones((size, size), jnp.float32)
+    seconds = [pairs.seconds(lambda: product(a), 1) for _ in range(runs + 1)][1:]
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def main(
+    workloads: str = "w1",
+    quick: bool = False,
+    json: pathlib.Path | None = None,
+    cohort: int | None = None,
+    devices: int | None = None,
+    in_scan_too: bool = False,
+) -> None:
     """Time a round of FedAvg against a hand-written loop of as many SGD steps.
 
     Args:
       workloads: which ones, separated by commas.
       quick: one cohort and three pairs of timings, instead of three and fifteen.
-      json: a file to write the figures to.
+      json: a file to write the figures to; a picture and all timings go beside it.
+      cohort: clients a round, instead of the workload's own.
+      devices: devices that our side uses, all cores by default.
+      in_scan_too: time the hand-written step inside ``lax.scan`` as well, against the same outside of it.
     """
     works = chosen(workloads)
-    print(pairs.machine(), pairs.HEADER, sep="\n", flush=True)
-    rows = []
+    engine.use_all_cores()
+    pairs.begin()
+    results = []
     for work in works:
         data = work.data()
         check_same_steps(work, data)
-        for cohort in work.cohorts:
-            times = measure(work, data, cohort, runs=3 if quick else 15, draws=1 if quick else 3)
-            rows.append(pairs.summary(work.name, cohort, "lax.scan", times, "us per step"))
-            print(pairs.line(rows[-1], times), flush=True)
+        for size in work.cohorts if cohort is None else (cohort,):
+            runs, draws = (3, 1) if quick else (15, 3)
+            times = measure(work, data, size, runs, draws, devices)
+            against = "steps at top level" if work.top_level else "lax.scan"
+            results.append(pairs.show(pairs.summary(work.name, size, against, times, "us per step")))
+            if work.gigaflop > 0.1:
+                peak = matrix_rate()
+                rates = [p._replace(ours=work.gigaflop / p.ours * 1e6, theirs=peak) for p in times]
+                results.append(pairs.show(pairs.summary(work.name, size, "matrix products", rates, "GFLOP/s")))
+        if in_scan_too:
+            times = in_scan(work, data, 3 if quick else 7)
+            results.append(pairs.show(pairs.summary(f"{work.name} in scan", 1, "outside a loop", times, "us per step")))
     if json is not None:
-        pairs.write(rows, json)
+        pairs.write(results, json, "A round of FedAvg against a hand-written loop")

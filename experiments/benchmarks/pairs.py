@@ -1,4 +1,4 @@
-"""Timing two computations against each other, and the table of what came out."""
+"""Timing two computations against each other, and the table, figures and picture of what came out."""
 
 import json
 import os
@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import jax
 
+from fedjax_lab import plots
+
 
 class Row(NamedTuple):
-    """One comparison; ``ratio = ours / theirs``, so that less than 1 means that ours is faster.
+    """One comparison; ``ratio = ours / theirs``, so that less than 1 means that ours takes less.
 
     Attributes:
       workload, cohort: what ran.
       against: the other side.
       ratio, ours, theirs: ``ours`` and ``theirs`` are medians over the runs, in ``unit``.
       unit: of the two.
-      runs: pairs of timings behind the medians.
+      runs: pairs of measurements behind the medians.
     """
 
     workload: str
@@ -32,6 +34,26 @@ class Row(NamedTuple):
     runs: int
 
 
+class Pair(NamedTuple):
+    """Both sides measured one right after the other, and the machine's load average (a minute's) before."""
+
+    ours: float
+    theirs: float
+    load: float = float("nan")
+
+
+class Measured(NamedTuple):
+    """A comparison with all its pairs; nothing is left out of the medians."""
+
+    row: Row
+    pairs: tuple[Pair, ...]
+
+
+def load() -> float:
+    """Processes that wanted a core, on average over the last minute; NaN where the system doesn't say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
 def seconds(call: Callable[[], object], repeats: int) -> float:
     """Wall time of one call, the mean over ``repeats`` made in a row."""
     start = time.perf_counter()
@@ -40,10 +62,8 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def paired(
-    ours: Callable[[], object], theirs: Callable[[], object], runs: int, at_least: float = 0.1
-) -> list[tuple[float, float]]:
-    """Interleaved timings ``(ours, theirs)`` in seconds, whichever goes first alternating.
+def paired(ours: Callable[[], object], theirs: Callable[[], object], runs: int, at_least: float = 0.1) -> list[Pair]:
+    """Interleaved timings in seconds, whichever side goes first alternating.
 
     Each side runs twice beforehand: compiled by the first call, timed in the second, to choose how
     often a timing must repeat it to last ``at_least`` seconds.
@@ -52,51 +72,107 @@ def paired(
     for call in calls:
         seconds(call, 1)
     repeats = [max(1, round(at_least / seconds(call, 1))) for call in calls]
-    out = []
-    for run in range(runs):
-        order = (0, 1) if run % 2 == 0 else (1, 0)
-        took = {side: seconds(calls[side], repeats[side]) for side in order}
-        out.append((took[0], took[1]))
-    return out
+    return [alternating(run, lambda side: seconds(calls[side], repeats[side])) for run in range(runs)]
 
 
-def summary(workload: str, cohort: int, against: str, pairs: Sequence, unit: str) -> Row:
+def alternating(run: int, measure: Callable[[int], float]) -> Pair:
+    """``measure(0)`` of our side and ``measure(1)`` of theirs; ours first in runs of even number."""
+    busy = load()
+    took = {side: measure(side) for side in ((0, 1) if run % 2 == 0 else (1, 0))}
+    return Pair(took[0], took[1], busy)
+
+
+def scaled(pairs: Sequence[Pair], ours: float, theirs: float | None = None) -> list[Pair]:
+    """The pairs in another unit."""
+    return [p._replace(ours=p.ours * ours, theirs=p.theirs * (ours if theirs is None else theirs)) for p in pairs]
+
+
+def summary(workload: str, cohort: int, against: str, pairs: Sequence[Pair], unit: str) -> Measured:
     """The medians of pairs of figures that are in ``unit`` already."""
-    ours, theirs = (statistics.median(side) for side in zip(*pairs, strict=True))
-    return Row(workload, cohort, against, ours / theirs, ours, theirs, unit, len(pairs))
+    ours = statistics.median(p.ours for p in pairs)
+    theirs = statistics.median(p.theirs for p in pairs)
+    return Measured(Row(workload, cohort, against, ours / theirs, ours, theirs, unit, len(pairs)), tuple(pairs))
 
 
-def spread(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def spread(pairs: Sequence[Pair]) -> tuple[float, float]:
     """The lower and upper quartile of the pairs' own ratios."""
-    ratios = sorted(a / b for a, b in pairs)
+    ratios = sorted(p.ours / p.theirs for p in pairs)
     if len(ratios) < 2:
         return ratios[0], ratios[0]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return low, high
 
 
+# ---- what is shown and written ----
+
+COLUMNS = "{:<14} {:>6}  {:<20} {:>7}  {:>13}  {:>10} {:>10}  {:<12} {:>4}  {:>9}"
+HEADER = COLUMNS.format(
+    "workload", "cohort", "against", "ratio", "quartiles", "ours", "theirs", "unit", "runs", "load"
+).rstrip()
+
+
 def machine() -> str:
-    """A line about what the figures were measured on."""
+    """A line about what the figures are measured on."""
     device = jax.devices()[0]
-    return f"jax {jax.__version__} on {device.device_kind} ({device.platform}), {os.cpu_count()} cores"
-
-
-def line(row: Row, pairs: Sequence[tuple[float, float]]) -> str:
-    """The row as the table shows it, under :data:`HEADER`."""
-    low, high = spread(pairs)
     return (
-        f"{row.workload:<9} {row.cohort:>6}  {row.against:<14} {row.ratio:>6.2f}  "
-        f"{f'{low:.2f}-{high:.2f}':>11}  {row.ours:>9.1f} {row.theirs:>9.1f}  {row.unit:<12} {row.runs:>4}"
+        f"jax {jax.__version__} on {len(jax.devices())} x {device.device_kind} ({device.platform}), "
+        f"{os.cpu_count()} cores, load average {load():.1f}"
     )
 
 
-HEADER = (
-    f"{'workload':<9} {'cohort':>6}  {'against':<14} {'ratio':>6}  {'quartiles':>11}  "
-    f"{'ours':>9} {'theirs':>9}  {'unit':<12} {'runs':>4}"
-)
+def line(measured: Measured) -> str:
+    """The comparison as the table shows it, under :data:`HEADER`."""
+    row, pairs = measured
+    low, high = spread(pairs)
+    loads = [p.load for p in pairs]
+    return COLUMNS.format(
+        row.workload, row.cohort, row.against, f"{row.ratio:.3g}", f"{low:.3g}-{high:.3g}",
+        f"{row.ours:.4g}", f"{row.theirs:.4g}", row.unit, row.runs, f"{min(loads):.1f}-{max(loads):.1f}",
+    )  # fmt: skip
 
 
-def write(rows: Sequence[Row], file: pathlib.Path) -> None:
-    """The rows as a JSON list of objects."""
+def begin() -> None:
+    """The lines above a table."""
+    print(machine(), HEADER, sep="\n", flush=True)
+
+
+def show(measured: Measured) -> Measured:
+    """Print the comparison's line, as soon as it is known."""
+    print(line(measured), flush=True)
+    return measured
+
+
+def write(results: Sequence[Measured], file: pathlib.Path, title: str) -> None:
+    """The rows as a JSON list in ``file``, every pair in ``NAME.runs.json``, and a picture in ``NAME.png``."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    file.write_text(json.dumps([m.row._asdict() for m in results], indent=1) + "\n")
+    raw = {
+        "machine": machine(),
+        "rows": [{**m.row._asdict(), "pairs": [p._asdict() for p in m.pairs]} for m in results],
+    }
+    file.with_suffix(".runs.json").write_text(json.dumps(raw, indent=1) + "\n")
+    try:
+        picture(results, title).savefig(file.with_suffix(".png"), dpi=120)
+    except ImportError as error:
+        print(f"no picture: {error}", flush=True)
+
+
+def picture(results: Sequence[Measured], title: str):
+    """The ratios and their quartiles, a line each, on a logarithmic axis with a mark at 1."""
+    figure, axes = plots.new_figure(width=7.5, height=1.2 + 0.32 * len(results))
+    ax = axes[0, 0]
+    for place, measured in enumerate(results):
+        low, high = spread(measured.pairs)
+        ax.plot([low, high], [place, place], color=plots.COLOURS[0], linewidth=5, alpha=0.35)
+        ax.plot(measured.row.ratio, place, "o", color=plots.COLOURS[0])
+        ax.annotate(f"{measured.row.ratio:.2g}", (measured.row.ratio, place), (0, 6), textcoords="offset points")
+    ax.axvline(1, color="0.4", linewidth=1)
+    labels = [f"{m.row.workload}, cohort {m.row.cohort}\nagainst {m.row.against}, {m.row.unit}" for m in results]
+    ax.set_yticks(range(len(results)), labels, fontsize=7)
+    ax.set_ylim(len(results) - 0.4, -0.8)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_formatter("{x:g}")
+    ax.set_xlabel("ours / theirs (to the left of 1: ours takes less)")
+    ax.set_title(title)
+    return figure

@@ -1,0 +1,168 @@
+"""``growth``: what a round costs as the cohort, the population, the model and the number of seeds grow."""
+
+import pathlib
+import time
+
+import jax
+import numpy as np
+import optax
+
+import fedjax_lab as fl
+from algorithms.fedavg import fedavg
+from experiments.benchmarks import engine, handwritten, limit, pairs
+from experiments.benchmarks.workloads import W1, Workload
+
+
+class UnknownPart(ValueError):
+    """A name that isn't one of :data:`PARTS`."""
+
+
+def cohort(quick: bool) -> list[pairs.Measured]:
+    """Time per SGD step of W1 in cohorts of other sizes, against a cohort of 10."""
+    data, out = W1.data(), []
+
+    def one(size):
+        ids = np.random.default_rng(size).choice(data.num_clients, size, replace=False)
+        process = engine.process(W1.algorithm(), data, fl.fixed(ids))
+        return engine.rounds(process, process.init(jax.random.key(0))), W1.steps(np.asarray(data.sizes)[ids])
+
+    base, base_steps = one(10)
+    for size in (1, 100) if quick else (1, 30, 100, 300, 1000):
+        call, steps = one(size)
+        times = pairs.scaled(pairs.paired(call, base, 3 if quick else 9), 1e6 / steps, 1e6 / base_steps)
+        out.append(pairs.show(pairs.summary("w1", size, "cohort 10", times, "us per step")))
+    return out
+
+
+# ---- population ----
+
+FEATURES, CLASSES, EXAMPLES = 10, 2, 10
+
+
+def many_clients(clients: int) -> fl.FederatedData:
+    """``clients`` clients of 10 examples of 10 features."""
+    rng = np.random.default_rng(0)
+    x = rng.random((clients * EXAMPLES, FEATURES), np.float32)
+    y = rng.integers(0, CLASSES, clients * EXAMPLES).astype(np.int32)
+    return fl.FederatedData.from_assignment({"x": x, "y": y}, np.repeat(np.arange(clients), EXAMPLES))
+
+
+def stateful() -> fl.Round:
+    """FedAvg whose clients keep a momentum of their own between their rounds."""
+    model = fl.models.logistic_regression(CLASSES, input_shape=(FEATURES,))
+    return fedavg(model, optax.sgd(0.01, momentum=0.9), batch_size=10, keep_optimizer_state=True)
+
+
+def set_up(clients: int, size: int):
+    """The process and its first state, and the seconds that took from data in memory."""
+    data = many_clients(clients)
+    arrays = {name: np.asarray(leaf) for name, leaf in data.arrays.items()}
+    owners = np.repeat(np.arange(clients), EXAMPLES)
+    start = time.perf_counter()
+    process = engine.process(stateful(), fl.FederatedData.from_assignment(arrays, owners), fl.uniform(size))
+    state = jax.block_until_ready(process.init(jax.random.key(0)))
+    return process, state, time.perf_counter() - start
+
+
+def population(quick: bool) -> list[pairs.Measured]:
+    """A round and the set-up of a cohort with per-client state, against the same in 10,000 clients."""
+    size = 100 if quick else 1000
+    base, out = 10_000, []
+    few, few_state, _ = set_up(base, size)
+    theirs = engine.rounds(few, few_state)
+    for clients in (100_000,) if quick else (100_000, 1_000_000):
+        took = [pairs.alternating(run, lambda side, n=clients: set_up((n, base)[side], size)[2]) for run in range(3)]
+        process, state, _ = set_up(clients, size)
+        times = pairs.scaled(pairs.paired(engine.rounds(process, state), theirs, 3 if quick else 15), 1e3)
+        name = f"{clients:,} clients"
+        out.append(pairs.show(pairs.summary(name, size, f"{base:,} clients", times, "ms per round")))
+        out.append(pairs.show(pairs.summary(name, size, f"{base:,} clients", took, "s to set up")))
+    return out
+
+
+# ---- model ----
+
+
+def wide(width: int) -> Workload:
+    """A perceptron with two hidden layers of ``width`` on W1's features; 50 clients of 100 examples, 1 epoch."""
+    arithmetic = 60 * width + width**2 + 10 * width
+    return W1._replace(
+        name=f"mlp {width}",
+        sizes=lambda rng: np.full(50, 100),
+        model=lambda: fl.models.mlp(10, hidden=(width, width), input_shape=(60,)),
+        mean_loss=handwritten.mlp,
+        epochs=1,
+        cohorts=(10,),
+        gigaflop=2 * 3 * arithmetic * W1.batch_size / 1e9,
+    )
+
+
+def width(quick: bool) -> list[pairs.Measured]:
+    """Models from narrow to wide, each against a hand-written loop of as many steps on it."""
+    out = []
+    for units in (32, 128) if quick else (16, 64, 256, 1024):
+        work = wide(units)
+        data = work.data()
+        limit.check_same_steps(work, data)
+        times = limit.measure(work, data, 10, runs=3 if quick else 9, draws=1)
+        out.append(pairs.show(pairs.summary(work.name, 10, "lax.scan", times, "us per step")))
+    return out
+
+
+# ---- seeds ----
+
+
+def seeds(quick: bool) -> list[pairs.Measured]:
+    """Eight runs of W1 that differ in their seed, as one program, against a single run; with and without compiling.
+
+    A run's first dispatch compiles and isn't in its ``seconds``, and a sweep has its own fixed costs; the difference
+    between a long and a short run leaves the rounds.
+    """
+    data, short = W1.data(), 25 if quick else 200
+
+    def single(rounds: int) -> fl.Result:
+        process = engine.process(W1.algorithm(), data, fl.uniform(10))
+        return fl.run(process, rounds, every=short, progress=False)
+
+    def many(rounds: int) -> fl.SweepResult:
+        make = lambda: fl.synchronous(W1.algorithm(), data, fl.uniform(10))
+        return fl.sweep(make, rounds, range(8), every=short, progress=False)
+
+    whole, rest = [], []
+    for run in range(1 if quick else 5):
+        compiling: dict[int, float] = {}
+
+        def measure(side: int, compiling=compiling) -> float:
+            few, all_ = ((many, single)[side](rounds) for rounds in (short, 3 * short))
+            compiling[side] = all_.seconds + all_.compile_seconds
+            return all_.seconds - few.seconds
+
+        rest.append(pairs.alternating(run, measure))
+        whole.append(rest[-1]._replace(ours=compiling[0], theirs=compiling[1]))
+    return [
+        pairs.show(pairs.summary("w1, 8 seeds", 10, "1 run", rest, f"s/{2 * short} rounds")),
+        pairs.show(pairs.summary("w1, 8 seeds", 10, "1 run", whole, f"s for {3 * short}")),
+    ]
+
+
+PARTS = {"cohort": cohort, "population": population, "width": width, "seeds": seeds}
+
+
+def main(parts: str = "cohort,population,width,seeds", quick: bool = False, json: pathlib.Path | None = None) -> None:
+    """Time rounds as the cohort, the population, the model and the number of seeds grow.
+
+    Args:
+      parts: which of them, separated by commas.
+      quick: fewer sizes and pairs of timings.
+      json: a file to write the figures to; a picture and all timings go beside it.
+    """
+    words = [word.strip() for word in parts.split(",") if word.strip()]
+    for word in words:
+        if word not in PARTS:
+            near = fl.checks.nearest(word, PARTS)
+            raise UnknownPart(f"growth has no part {word!r}{near} (there are: {', '.join(PARTS)})")
+    engine.use_all_cores()
+    pairs.begin()
+    results = [measured for word in words for measured in PARTS[word](quick)]
+    if json is not None and results:
+        pairs.write(results, json, "What a round costs as things grow")
