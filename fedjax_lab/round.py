@@ -4,6 +4,7 @@ Nothing here knows how many clients run at once, on which device, or when. A Pro
 ``asynchronous``, ...) drives a Round; a transform makes a Round from a Round.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -246,15 +247,30 @@ def proximal(mu: Any, center: PyTree) -> Tilt:
     return shift(lambda params: jax.tree.map(lambda w, c: mu * (w - c), params, center))
 
 
-def nbytes(tree: PyTree) -> int:
-    """Bytes of a pytree's arrays on the wire, each in its true width; PRNG keys by their data."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """A message as its receiver holds it, which took ``length`` bytes on the wire (``fl.downlink``)."""
 
-    def size(leaf) -> int:
+    content: PyTree
+    length: Any
+
+
+def nbytes(tree: PyTree) -> Any:
+    """Bytes of a pytree's arrays on the wire, each in its true width; PRNG keys by their data.
+
+    An integer; ``uint32[]`` if there is something :class:`Sent` in it whose length depends on the data.
+    """
+
+    def size(leaf) -> Any:
+        if isinstance(leaf, Sent):
+            return leaf.length
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.dtype.itemsize * 8
         return -(-leaf.size * bits // 8)
 
     return sum(
-        size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf) for leaf in jax.tree.leaves(tree)
+        size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf)
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Sent))
     )

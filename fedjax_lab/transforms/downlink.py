@@ -1,0 +1,131 @@
+"""What the server broadcasts goes through a wire, as changes of what each client last saw."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab.aggregators import within
+from fedjax_lab.round import Env, Round, Sent, Transform, identity, nbytes, through
+from fedjax_lab.wire.base import Ctx, Wire, map_floats, stateless, undo, zeros_of
+from fedjax_lab.wire.chaining import chain
+
+PyTree = Any
+_TAG = 0xD011
+
+
+class Seen(NamedTuple):
+    """A client's ``reference``, the message that it last acted on; whether there is one; and the inner state."""
+
+    reference: PyTree
+    met: Any
+    inner: Any
+
+
+def downlink(*links: Wire, deltas: bool = True) -> Transform:
+    """Send messages through links: ``downlink(top_k(0.1), qsgd(8))``.
+
+    The server sends a client how the message differs from what this client last saw, and keeps in step with what
+    the client makes of it: a reference for each client, as large as a message. At first contact, and until a
+    client has answered once, the message travels whole. What a lossy link loses is thus part of the next difference:
+    memories such as error feedback are neither needed nor taken.
+
+    Args:
+      *links: see :mod:`fedjax_lab.wire`; none of them is the inner round itself.
+      deltas: ``False``: encode the message itself, and keep nothing (a quantized broadcast).
+
+    Raises:
+      ValueError: links that keep a memory or work on sums, of which there are none on the way down.
+    """
+    wire = chain(*links)
+    if wire.must_sum or wire.collective or wire.init is not stateless:
+        raise ValueError(f"{wire.name} works on sums, and a broadcast has none: use it for fl.uplink")
+    if wire.init_client is not stateless:
+        raise ValueError(
+            f"{wire.name} remembers what it lost, which downlink() does already: the reference of each client is what it "
+            "really has. Give the link alone"
+        )
+    if any(link.bind is not None for link in wire.links):
+        raise ValueError("noise on a broadcast protects nobody's upload: put it into fl.uplink")
+
+    def transform(round: Round) -> Round:
+        if wire.name == "identity":
+            return round
+        return _with_references(round, wire) if deltas else _plain(round, wire)
+
+    return transform
+
+
+def _encoded(wire: Wire, x: PyTree, like: PyTree, client: Any, key: jax.Array) -> tuple[PyTree, Any]:
+    """What arrives of ``x``, in the types of ``like``, and the bytes it takes."""
+    public, private = jax.random.fold_in(client.env.key, _TAG), jax.random.fold_in(key, _TAG)
+    ctx = Ctx(public, private, (), client.env, client.id)
+    payload, _, size = wire.encode(x, (), ctx)
+    got = undo(wire, payload, ctx._replace(private=None))
+    return map_floats(lambda g, m: g.astype(m.dtype), got, like), size
+
+
+def _plain(round: Round, wire: Wire) -> Round:
+    def broadcast(server, state, client, key):
+        message = round.broadcast(server, state, client, key)
+        return Sent(*_encoded(wire, message, message, client, key))
+
+    def client_update(message, state, client, key, tilt=identity):
+        return round.client_update(message.content, state, client, key, tilt=tilt)
+
+    personal = round.personalize
+    return _opening(round)._replace(
+        broadcast=broadcast,
+        client_update=client_update,
+        personalize=personal and (lambda m, s, client, key: personal(m.content, s, client, key)),
+    )
+
+
+def _with_references(round: Round, wire: Wire) -> Round:
+    def init_client(server, client):
+        inner = round.init_client(server, client)
+        like = jax.eval_shape(lambda s, i: round.broadcast(s, i, _in_a_round(client), jax.random.key(0)), server, inner)
+        return Seen(zeros_of(like), jnp.bool_(False), inner)
+
+    def broadcast(server, state, client, key):
+        message = round.broadcast(server, state.inner, client, key)
+        change = map_floats(lambda m, r: m.astype(r.dtype) - r, message, state.reference)
+        got, size = _encoded(wire, change, change, client, key)
+        known = map_floats(lambda m, r, g: (r + g).astype(m.dtype), message, state.reference, got)
+        content = map_floats(lambda k, m: jnp.where(state.met, k, m), known, message)
+        return Sent(content, jnp.where(state.met, jnp.uint32(size), jnp.uint32(nbytes(message))))
+
+    def client_update(message, state, client, key, tilt=identity):
+        out = round.client_update(message.content, state.inner, client, key, tilt=tilt)
+        # Kept by the engine if the client answers: the server then knows that the message arrived.
+        reference = map_floats(lambda r, m: m.astype(r.dtype), state.reference, message.content)
+        return out._replace(state=Seen(reference, jnp.bool_(True), out.state))
+
+    personal = round.personalize
+    return _opening(round)._replace(
+        init_client=init_client,
+        broadcast=broadcast,
+        client_update=client_update,
+        personalize=personal and (lambda m, s, client, key: personal(m.content, s.inner, client, key)),
+    )
+
+
+def _opening(round: Round) -> Round:
+    """The round whose message travels inside a :class:`fedjax_lab.round.Sent`."""
+    inside, put = lambda m: m.content, lambda m, part: Sent(part, m.length)
+    return round._replace(
+        aggregate=within(round.aggregate, inside),
+        view=round.view and through(inside, put, round.view),
+    )
+
+
+def _in_a_round(client: Any) -> Any:
+    """The client with some round's public facts: outside a round a broadcast's shape can't depend on them."""
+    if client.env:
+        return client
+    one, here = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
+    env = Env(jnp.int32(0), jax.random.key(0), one, here, here, jnp.int32(1), jnp.int32(1))
+    if hasattr(client, "_replace"):  # the oracle's
+        return client._replace(env=env)
+    return dataclasses.replace(client, env=env)

@@ -1,0 +1,211 @@
+"""chain: links one behind the other, and what must hold for them to make sense together."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_lab import checks
+from fedjax_lab.wire.base import (
+    Ctx,
+    Like,
+    Wire,
+    as_opened,
+    identity,
+    shapes,
+    stateless,
+    undo,
+)
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """A payload of a chain with noise, and what it was made of: the server calibrates by the same."""
+
+    payload: PyTree
+    like: Like = dataclasses.field(metadata={"static": True})
+
+
+def chain(*links: Wire) -> Wire:
+    """Links in reading order: ``chain(a, b)`` encodes with ``a``, then with ``b`` what ``a`` made.
+
+    It is undone from right to left: the longest summable prefix after the sum, what is behind it for each client
+    before. Noise is calibrated to what the whole chain lets through.
+
+    Args:
+      *links: none of them is :func:`identity`; nested chains are taken apart.
+
+    Raises:
+      ValueError: a link that must be summed, or works on sums, behind one whose payloads can't be; noise in a
+        chain that bounds nothing; a link behind one whose payload is already of varying length.
+    """
+    flat = _flattened(links)
+    if not flat:
+        return identity()
+    if len(flat) == 1 and flat[0].bind is None:
+        return flat[0]
+    _check(flat)
+    noisy = any(link.bind is not None for link in flat)
+    noisy_sum = any(link.bind is not None and link.decode is not as_opened for link in flat)
+    last = _summed(flat)  # links[:last] are decoded after the sum
+
+    def ready(like: PyTree) -> tuple[Wire, ...]:
+        """The links, their noise calibrated to what is opened of such an input."""
+        if not noisy:
+            return flat
+        norm, stages = None, _stages(flat, like)
+        for link, stage in zip(flat, stages, strict=True):
+            norm = link.bound(norm, stage)
+        return tuple(link if link.bind is None else link.bind(norm) for link in flat)
+
+    def part(ctx: Ctx, i: int) -> Ctx:
+        return ctx.part(i, ctx.state[i] if ctx.state else ())
+
+    def encode(x, state, ctx):
+        new, like = [], Like.of(x)
+        for i, link in enumerate(ready(shapes(x))):
+            x, own, size = link.encode(x, state[i] if state else (), part(ctx, i))
+            new.append(own)
+        x = Calibrated(x, like) if noisy_sum else x
+        return x, tuple(new) if state else (), size
+
+    def open_(payload, ctx):
+        for i in reversed(range(last, len(flat))):
+            payload = _inside(lambda p, i=i: undo(flat[i], p, part(ctx, i)), payload)
+        return _inside(lambda p: flat[last - 1].open(p, part(ctx, last - 1)), payload)
+
+    def decode(total, ctx):
+        own = list(ctx.state) if ctx.state else [()] * len(flat)
+        now = flat
+        if noisy_sum:
+            now, total = ready(total.like.shapes()), total.payload
+        x, own[last - 1] = now[last - 1].decode(total, part(ctx, last - 1))
+        for i in reversed(range(last - 1)):
+            here = part(ctx, i)
+            x, own[i] = now[i].decode(now[i].open(x, here), here)
+        return x, tuple(own) if ctx.state else ctx.state
+
+    def init(like):
+        return tuple(link.init(s) for link, s in zip(flat, _stages(flat, like), strict=True))
+
+    def init_client(like):
+        return tuple(link.init_client(s) for link, s in zip(flat, _stages(flat, like), strict=True))
+
+    def bound(norm, like):
+        for link, stage in zip(flat, _stages(flat, like), strict=True):
+            norm = link.bound(norm, stage)
+        return norm
+
+    guards = [link.guard for link in flat if link.must_sum]
+    every = lambda name, nothing: all(getattr(link, name) is nothing for link in flat)
+    trivial = not noisy_sum and all(link.decode is as_opened for link in flat[:last])
+    return Wire(
+        encode,
+        open_,
+        as_opened if trivial else decode,
+        init=stateless if every("init", stateless) else init,
+        init_client=stateless if every("init_client", stateless) else init_client,
+        sends=lambda state: tuple(link.sends(s) for link, s in zip(flat, state, strict=True)) if state else (),
+        summable=all(link.summable for link in flat),
+        must_sum=any(link.must_sum for link in flat),
+        collective=any(link.collective for link in flat),
+        varies=flat[-1].varies,
+        coded=any(link.coded for link in flat),
+        bound=bound,
+        guard=None if not guards or any(g is None for g in guards) else chain(*guards),
+        links=flat,
+        name=f"chain({', '.join(link.name for link in flat)})",
+    )
+
+
+def _flattened(links: tuple) -> tuple[Wire, ...]:
+    flat: list[Wire] = []
+    for link in links:
+        if not isinstance(link, Wire):
+            hint = ": call it, wire.top_k(0.05)" if callable(link) else ""
+            raise ValueError(f"a chain is made of links such as wire.top_k(0.05); got {checks.shown(link)}{hint}")
+        flat.extend(link.links or (() if link.name == "identity" else (link,)))
+    return tuple(flat)
+
+
+def _summed(links: tuple[Wire, ...]) -> int:
+    """How many links are decoded after the sum: the longest summable prefix, and the link behind it."""
+    summable = 0
+    while summable < len(links) and links[summable].summable:
+        summable += 1
+    return min(summable + 1, len(links))
+
+
+def _check(links: tuple[Wire, ...]) -> None:
+    last = _summed(links)
+    for i, link in enumerate(links):
+        before = [earlier for earlier in links[:i] if not earlier.summable]
+        if before and link.must_sum:
+            raise ValueError(
+                f"{link.name} must be summed before anyone opens it, but {before[0].name} in front of it can't be: "
+                "what it sends can only be undone client by client. Use links whose payloads add up "
+                "(wire.random_k, wire.hadamard, wire.count_sketch)"
+            )
+        if i >= last and (link.collective or link.init is not stateless):
+            raise ValueError(
+                f"{link.name} works on the sum of all clients' payloads, but {before[0].name} in front of it makes "
+                "payloads that can't be summed: put it first"
+            )
+        coded = [earlier for earlier in links[:i] if earlier.coded]
+        if coded and not link.on_codes:
+            raise ValueError(
+                f"{link.name} works on floats, and {coded[0].name} in front of it leaves codes and scales: put it first"
+            )
+        if before and link.bind is not None:
+            raise ValueError(
+                f"{link.name} behind {before[0].name} would cover its values and leave positions and seeds as they "
+                "are: put the noise in front, or use links whose payloads add up"
+            )
+        if link.varies and i + 1 < len(links):
+            raise ValueError(
+                f"{link.name} makes payloads whose length depends on the data, which {links[i + 1].name} behind it "
+                "can't work on: put it last"
+            )
+    _check_bound(links)
+
+
+def _check_bound(links: tuple[Wire, ...]) -> None:
+    """Refuse noise where nothing, or not everything, is bounded."""
+    noise = [link.name for link in links if link.bind is not None]
+    if not noise:
+        return
+    one, norm, broken = jax.ShapeDtypeStruct((1,), jnp.float32), None, None
+    for link in links:
+        before, norm = norm, link.bound(norm, one)
+        if before is not None and norm is None:
+            broken = link.name
+    if norm is None and broken is None:
+        raise ValueError(f"{noise[0]} is calibrated to a bound, and this chain has none: put wire.clip(norm) in front")
+    if norm is None:
+        raise ValueError(f"{noise[0]} is calibrated to a bound, which {broken} breaks: put wire.clip(norm) behind it")
+
+
+def _stages(links: tuple[Wire, ...], like: PyTree) -> list[PyTree]:
+    """Shapes and types of what each link is given, without computing anything."""
+    stages = [like]
+    key = jax.random.key(0)
+
+    def encoded(x, link, like):
+        ctx = Ctx(key, key, link.sends(link.init(like)), (), jnp.int32(0))
+        return link.encode(x, link.init_client(like), ctx)[0]
+
+    for link in links[:-1]:
+        link = link if link.bind is None else link.bind(1.0)
+        like = jax.eval_shape(lambda x, link=link, like=like: encoded(x, link, like), like)
+        stages.append(like)
+    return stages
+
+
+def _inside(function, payload: PyTree) -> PyTree:
+    if isinstance(payload, Calibrated):
+        return Calibrated(function(payload.payload), payload.like)
+    return function(payload)
