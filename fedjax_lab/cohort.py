@@ -20,7 +20,7 @@ from fedjax_lab.devices import AXIS
 from fedjax_lab.lanes import Plan, choose, plan
 from fedjax_lab.program import Program, trace
 from fedjax_lab.round import Env, Round
-from fedjax_lab.states import ClientStates, exchange, gather, scatter
+from fedjax_lab.states import ClientStates, exchange, gather, padded, scatter
 from fedjax_lab.turn import Turn, client_turn
 
 PyTree = Any
@@ -115,13 +115,13 @@ def run_cohort(
         one = lambda *slot: turn.call(server, data, env, key, *slot)
         return _on_device(round, one, clients, data.num_clients, env, plan(work, width, devices), axis)
 
-    arguments = (server, clients, data, env, key)
     if mesh is not None:
+        clients = padded(clients, mesh.shape[AXIS])
         placed = (P(), P(AXIS), P(), P(), P())
         here = jax.shard_map(
             here, mesh=mesh, in_specs=placed, out_specs=(P(), P(), P(AXIS)), axis_names={AXIS}, check_vma=False
         )
-    sums, turns, clients = here(*arguments)
+    sums, turns, clients = here(server, clients, data, env, key)
     counts = {
         "invited": jnp.sum(env.invited),
         "survivors": jnp.sum(turns.counted),

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_lab.data import FederatedData
 from fedjax_lab.round import Round
@@ -33,6 +34,14 @@ def empty_states(round: Round, server: PyTree, data: FederatedData, devices: int
     rows = -(-data.num_clients // devices) * devices
     zeros = lambda s: jnp.zeros((rows, *s.shape), s.dtype)
     return ClientStates(jax.tree.map(zeros, shape), jnp.zeros(rows, bool))
+
+
+def padded(clients: ClientStates, devices: int) -> ClientStates:
+    """The same states, their rows rounded up to a multiple of ``devices``."""
+    if not jax.tree.leaves(clients.table) or not (missing := -clients.known.shape[0] % devices):
+        return clients
+    more = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))])
+    return ClientStates(jax.tree.map(more, clients.table), more(clients.known))
 
 
 def gather(clients: ClientStates, ids: jax.Array, axis: str | None = None) -> tuple[PyTree, jax.Array]:
@@ -78,13 +87,37 @@ def zero_unless(keep: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def exchange(tree: PyTree, axis: str) -> PyTree:
-    """The sum over a mesh axis, in each leaf's own type, of values that all devices but one have zeros for."""
+    """The sum over a mesh axis of every leaf, in its own type; for what only one device has, its value.
 
-    def total(x):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(total(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-        if x.dtype == bool:
-            return jax.lax.psum(x.astype(jnp.int32), axis) > 0
-        return jax.lax.psum(x, axis)
+    All leaves of a width travel in one message, and the messages one after the other: a CPU's devices share
+    threads, and wait for ever when many of them are held up in different messages.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    plain = [_plain(x) for x in leaves]
+    sums: dict[int, jax.Array] = {}
+    last = ()
+    for dtype in sorted({x.dtype for x in plain}, key=str):
+        mine = [i for i, x in enumerate(plain) if x.dtype == dtype]
+        message = jnp.concatenate([plain[i].ravel() for i in mine])
+        message, _ = jax.lax.optimization_barrier((message, last))
+        last = jax.lax.psum(message, axis)
+        ends = np.cumsum([plain[i].size for i in mine])[:-1]
+        for i, part in zip(mine, jnp.split(last, ends), strict=True):
+            sums[i] = part.reshape(plain[i].shape)
+    return jax.tree.unflatten(structure, [_like(sums[i], x) for i, x in enumerate(leaves)])
 
-    return jax.tree.map(total, tree)
+
+def _plain(x: jax.Array) -> jax.Array:
+    """Numbers that can be added: truth values and small integers as int32, unsigned ones by their bits."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.uint32:
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) or x.dtype.itemsize > 4 else x.astype(jnp.int32)
+
+
+def _like(x: jax.Array, model: jax.Array) -> jax.Array:
+    """What :func:`_plain` did, undone."""
+    if jnp.issubdtype(model.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_like(x, jax.random.key_data(model)), impl=jax.random.key_impl(model))
+    return jax.lax.bitcast_convert_type(x, jnp.uint32) if model.dtype == jnp.uint32 else x.astype(model.dtype)

@@ -1,0 +1,65 @@
+"""What tests/promises/test_devices.py runs with eight CPU devices: one line of JSON for each case."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import optax
+
+import fedjax_lab as fl
+from algorithms.fedadam import fedadam
+from algorithms.fedavg import fedavg
+from tests.problems import softmax_data, softmax_model
+
+MODEL = softmax_model()
+
+
+def median() -> fl.Aggregator:
+    """An aggregator that isn't additive: it must see every upload."""
+
+    def reduce(uploads, weights, ok, messages, env):
+        return jax.tree.map(
+            lambda x: jax.numpy.nanmedian(
+                jax.numpy.where(ok.reshape(-1, *[1] * (x.ndim - 1)), x, jax.numpy.nan), axis=0
+            ),
+            uploads,
+        )
+
+    return fl.aggregators.mean()._replace(reduce=reduce)
+
+
+def cases():
+    yield "fedavg", fedavg(MODEL, optax.sgd(0.1), epochs=2, batch_size=10)
+    kept = fedavg(MODEL, optax.sgd(0.1, momentum=0.9), keep_optimizer_state=True, epochs=1, batch_size=10)
+    yield "client_state", kept
+    yield "server_state", fedadam(MODEL, optax.sgd(0.1), epochs=1, batch_size=10)
+    yield "median", fedavg(MODEL, optax.sgd(0.1), epochs=1, batch_size=10)._replace(aggregate=median())
+
+
+def difference(a, b) -> float:
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return max((float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float)))) for x, y in leaves), default=0.0)
+
+
+def compare(round, data, devices: int, rounds: int) -> dict:
+    one = fl.synchronous(round, data, fl.uniform(7))
+    many = fl.synchronous(round, data, fl.uniform(7), mesh=fl.devices.mesh(devices))
+    a, b, out = one.init(0), many.init(0), {}
+    for done in range(1, rounds + 1):
+        (a, m), (b, n) = one.step(a, one.data), many.step(b, many.data)
+        if done in (1, rounds):
+            clients = [jax.tree.map(lambda x: x[: data.num_clients], p.clients(s)) for p, s in ((one, a), (many, b))]
+            out[done] = max(difference(one.params(a), many.params(b)), difference(clients[0], clients[1]))
+    out["same_bytes"] = all(np.array_equal(m[k], n[k]) for k in ("uplink_bytes", "downlink_bytes", "survivors"))
+    accuracy = [fl.per_client_accuracy(data)(p, s)["accuracy"] for p, s in ((one, a), (many, b))]
+    out["accuracy"] = abs(accuracy[0] - accuracy[1])
+    return out
+
+
+if __name__ == "__main__":
+    data = softmax_data(empty=1)
+    for name, round in cases():
+        for devices in map(int, sys.argv[2].split(",")):
+            rounds = int(sys.argv[1])
+            print(json.dumps({"case": name, "devices": devices, **compare(round, data, devices, rounds)}), flush=True)

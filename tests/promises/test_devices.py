@@ -1,0 +1,60 @@
+"""Promise 5: the number of devices doesn't change results."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+import fedjax_lab as fl
+from algorithms.fedavg import fedavg
+from tests.problems import assert_close, softmax_data, softmax_model
+from tests.refusals import refused
+
+DATA = softmax_data()
+
+
+@pytest.fixture(scope="module")
+def results():
+    """``{(case, devices): differences}`` from a process with eight CPU devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.promises.mesh_program", "100", "2,4,8"],
+        capture_output=True, text=True, env=environment, check=False, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(row["case"], row["devices"]): row for row in rows}
+
+
+@pytest.mark.parametrize("case", ["fedavg", "client_state", "server_state", "median"])
+def test_devices_agree(results, case):
+    """Cohorts of 7 of 9 clients, one of them empty: neither is a multiple of any number of devices."""
+    mine = {devices: row for (name, devices), row in results.items() if name == case}
+    assert mine, f"{case} did not run"
+    for devices, row in mine.items():
+        assert row["1"] < 1e-6 and row["100"] < 1e-5, (devices, row)
+        assert row["same_bytes"], devices
+        assert row["accuracy"] < 1e-6, devices
+    assert {devices for name, devices in results if name == "fedavg"} == {2, 4, 8}
+
+
+def test_a_mesh_of_one_is_a_device():
+    algorithm = fedavg(softmax_model(), optax.sgd(0.1))
+    plain, alone = (fl.synchronous(algorithm, DATA, lanes=4, mesh=m) for m in (None, fl.devices.mesh(1)))
+    a, b = (p.params(p.step(p.init(0), p.data)[0]) for p in (plain, alone))
+    assert_close(a, b)
+
+
+def test_bad_meshes_are_refused():
+    algorithm = fedavg(softmax_model(), optax.sgd(0.1))
+    other = Mesh(np.array(jax.devices()[:1]), ("model",))
+    refused(lambda: fl.synchronous(algorithm, DATA, mesh=other), "model", '"clients"')
+    refused(lambda: fl.synchronous(algorithm, DATA, mesh=2), "jax.sharding.Mesh", "2")
+    refused(lambda: fl.devices.mesh(64), "64", "use_cores(64)")
+    refused(lambda: fl.devices.use_cores(3), "before anything else of JAX", error=RuntimeError)
