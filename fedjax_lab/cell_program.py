@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import eval_jaxpr
 
 from fedjax_lab import checks
 from fedjax_lab.grids import Cells, Number
@@ -156,7 +157,7 @@ def _traced(function: Callable, *arguments: PyTree) -> tuple[Traced, PyTree]:
     structure = jax.tree.structure(shape)
 
     def call(consts, *arguments):
-        return structure.unflatten(jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(arguments)))
+        return structure.unflatten(eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(arguments)))
 
     return Traced(call, [jnp.asarray(const) for const in closed.consts]), shape
 

@@ -16,7 +16,7 @@ def plot_sweep(result: SweepResult, name: str, x: str = "round", *, level: float
     """A line for each value of the first grid, a panel for each point of the others.
 
     Every line is the mean over the seeds, its shade the mean's confidence band (Student's t at every point by
-    itself). A mean that leaves the others far behind, as diverging runs do, may leave the picture.
+    itself). Losses beyond twice their start, as of diverging runs, leave the picture.
 
     Args:
       result: of a sweep.
@@ -36,7 +36,8 @@ def plot_sweep(result: SweepResult, name: str, x: str = "round", *, level: float
     if x not in axes:
         raise ValueError(f"x must be one of {axes}{checks.nearest(x, axes)}; got {x!r}")
     part = _part(result, values)
-    _, note = part.scores(name, level=level), _note(part, level)
+    part.scores(name, level=level)  # which refuses what can't be drawn
+    note = _note(part, level)
     if x in part.grids:
         return _over_values(part, name, x, level, note)
     if x in result.grids:
@@ -65,6 +66,8 @@ def _over_rounds(part: SweepResult, name: str, x: str, level: float, note: str |
     along = _along(part, name, x).reshape(shape)
     scale, unit = plots.unit_of(along.max(), x)
     columns = min(len(panels), 3)
+    shown = _shown(part, name, mean)
+    limits = _limits(mean[shown], low[shown], high[shown])  # of all panels, which are there to be compared
     figure, axes = plots.new_figure(-(-len(panels) // columns), columns)
     for panel, (ax, point) in enumerate(zip(axes.flat, panels, strict=False)):
         for line in range(shape[0]):
@@ -73,10 +76,10 @@ def _over_rounds(part: SweepResult, name: str, x: str, level: float, note: str |
             label = f"{lines[line]:g}" if lines else None
             marker = "o" if len(at) <= 25 else None
             ax.plot(at, mean[line, panel], label=label, marker=marker, markersize=3, **look)
-            ax.fill_between(at, low[line, panel], high[line, panel], color=look["color"], alpha=0.18, linewidth=0)
+            _band(ax, at, low[line, panel], high[line, panel], shown[line, panel], look["color"])
         plots.label_axes(ax, name, x, unit)
         ax.set_title(_told(point), fontsize="medium")
-        _limits(ax, part, name, mean[:, panel], low[:, panel], high[:, panel])
+        ax.set_ylim(*limits)
     for ax in list(axes.flat)[len(panels) :]:
         ax.remove()
     _legend(axes.flat[0], "\n".join(filter(None, (_words(grids[0]) if grids else None, note))))
@@ -91,21 +94,25 @@ def _over_values(part: SweepResult, name: str, x: str, level: float, note: str |
     score, low, high = part.scores(name, level=level)
     last = [score if end is None else end for end in (score, low, high)]
     mean, low, high = (np.moveaxis(each, axis, -1).reshape(len(points), -1) for each in last)
-    order = np.argsort(part.grids[x])
+    shown, order = _shown(part, name, mean), np.argsort(part.grids[x])
     at = np.asarray(part.grids[x], np.float64)[order]
     figure, axes = plots.new_figure()
     ax = axes[0, 0]
     for index, point in enumerate(points):
         look = plots.look(index)
         ax.plot(at, mean[index, order], label=_told(point) or None, marker="o", markersize=3, **look)
-        ax.fill_between(at, low[index, order], high[index, order], color=look["color"], alpha=0.18, linewidth=0)
+        _band(ax, at, low[index, order], high[index, order], shown[index, order], look["color"])
     if at[0] > 0 and at[-1] / at[0] >= 20:
         ax.set_xscale("log")
     ax.set_xlabel(_words(x))
     ax.set_ylabel(f"{_words(name)} after {part.points[name][-1]} rounds")
-    _limits(ax, part, name, mean, low, high)
+    ax.set_ylim(*_limits(mean[shown], low[shown], high[shown]))
     _legend(ax, note or "")
     return figure
+
+
+def _band(ax: Any, at: np.ndarray, low: np.ndarray, high: np.ndarray, where: np.ndarray, colour: str) -> None:
+    ax.fill_between(at, low, high, where=where, color=colour, alpha=0.18, linewidth=0)
 
 
 def _rest(part: SweepResult, first: int) -> dict[str, tuple[Number, ...]]:
@@ -131,19 +138,24 @@ def _along(part: SweepResult, name: str, x: str) -> np.ndarray:
     return np.concatenate([np.zeros((*total.shape[:-1], 1)), total], axis=-1)[..., rounds]
 
 
-def _limits(ax: Any, part: SweepResult, name: str, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-    """Keep a diverging loss, or a band much wider than all lines together, from flattening everything else."""
-    drawn = np.isfinite(mean)
-    if lower_is_better(name):
-        first = part.mean(name)[..., 0]
-        drawn &= np.abs(mean) <= 10 * np.max(np.abs(first), where=np.isfinite(first), initial=0)
-    if not drawn.any():
-        return
-    bottom, top = mean[drawn].min(), mean[drawn].max()
+def _shown(part: SweepResult, name: str, mean: np.ndarray) -> np.ndarray:
+    """Where a mean is worth room in the picture: not where a loss is beyond twice its start, as of diverging runs."""
+    shown = np.isfinite(mean)
+    first = np.abs(part.mean(name)[..., 0])
+    if lower_is_better(name) and np.isfinite(first).any():
+        near = shown & (np.abs(mean) <= 2 * np.median(first[np.isfinite(first)]))  # most runs don't diverge at once
+        shown = near if near.any() else shown
+    return shown
+
+
+def _limits(mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[float, float]:
+    """The y axis' ends for means with bands; a band much wider than all means together is cut off."""
+    if not mean.size:
+        return 0.0, 1.0
+    bottom, top = mean.min(), mean.max()
     room = 0.75 * (top - bottom) or 0.1 * abs(top) or 1.0
-    bottom = max(low[drawn].min(), bottom - room)
-    top = min(high[drawn].max(), top + room)
-    ax.set_ylim(bottom - 0.05 * room, top + 0.05 * room)
+    bottom, top = max(low.min(), bottom - room), min(high.max(), top + room)
+    return bottom - 0.05 * room, top + 0.05 * room
 
 
 def _note(part: SweepResult, level: float) -> str | None:

@@ -166,7 +166,8 @@ class SweepResult(NamedTuple):
         one = self._replace(metrics={name: values})
         if len(self.seeds) < 2:
             return one.mean(name)[..., 0], None, None
-        return one.mean(name)[..., 0], *(end[..., 0] for end in one.band(name, level))
+        low, high = one.band(name, level)
+        return one.mean(name)[..., 0], low[..., 0], high[..., 0]
 
     def plot(self, name: str, x: str = "round", *, level: float = 0.95, **values: Number):
         """Mean and confidence band of a metric; see :func:`fedjax_lab.sweep_plots.plot_sweep`."""
