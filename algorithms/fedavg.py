@@ -28,6 +28,7 @@ def fedavg(
     weighting: Any = "examples",
     server_optimizer: optax.GradientTransformation = optax.sgd(1.0),
     keep_optimizer_state: bool = False,
+    static: bool = False,
 ) -> fl.Round:
     """Clients train locally from the global model; the server applies the mean of their updates.
 
@@ -42,11 +43,13 @@ def fedavg(
       server_optimizer: what the server does with the mean update; plain averaging by default.
       keep_optimizer_state: each client keeps its optimizer's state between its rounds, rather than
         starting afresh.
+      static: compute a number of steps known when compiled, so that ``jax.grad`` goes through rounds; see
+        :func:`fedjax_lab.local_training`.
     """
     fl.checks.optimizer(server_optimizer, "server_optimizer")
     fl.goes_downhill(server_optimizer, "server_optimizer")
     fl.checks.weighting(weighting)
-    local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size)
+    local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size, static=static)
 
     def init(key, data, params=None):
         variables = fl.initial_variables(model, key, data, params)

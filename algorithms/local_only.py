@@ -23,6 +23,7 @@ def local_only(
     epochs: fl.Work | None = None,
     steps: fl.Work | None = None,
     batch_size: int | None = 10,
+    static: bool = False,
 ) -> fl.Round:
     """Each client trains its own model and never communicates; uploads and messages are empty.
 
@@ -36,8 +37,9 @@ def local_only(
       epochs: passes over a client's examples each round; 1 by default.
       steps: local steps instead of epochs.
       batch_size: examples a step; ``None`` is all of the client's.
+      static: as for :func:`algorithms.fedavg.fedavg`.
     """
-    local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size)
+    local = fl.local_training(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size, static=static)
 
     def init_client(server, client):
         return LocalState(server, fl.optimizer_of_round(client_optimizer, 0).init(server.params))

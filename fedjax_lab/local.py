@@ -52,7 +52,7 @@ def gradient_oracle(loss: Callable) -> Oracle:
     return oracle
 
 
-def _in_pieces(oracle: Oracle, client: ClientData) -> Oracle:
+def _in_pieces(oracle: Oracle, client: ClientData, static: bool) -> Oracle:
     """The oracle of the client's whole data, read in pieces of ``client.tile`` examples.
 
     The batch it is given is ignored. Batch-norm statistics are updated once for each piece.
@@ -69,7 +69,7 @@ def _in_pieces(oracle: Oracle, client: ClientData) -> Oracle:
         piece_key = key
         zeros = jax.tree.map(jnp.zeros_like, params)
         start = (zeros, jnp.float32(0), inputs[0], jnp.int32(0))
-        grads, loss, model_state, _ = client.fold(add, start)
+        grads, loss, model_state, _ = client.fold(add, start, static=static)
         return grads, (loss, model_state)
 
     return whole
@@ -92,14 +92,16 @@ def local_training(
       epochs: passes over the client's examples (1 if ``steps`` isn't given either).
       steps: a number of steps instead, the same for every client.
       batch_size: examples a step; ``None``: all of the client's (one step is one epoch).
-      static: a number of steps known when compiled, for reverse-mode differentiation through the run.
+      static: run a number of steps known when compiled, which ``jax.grad`` through the run needs: every client
+        computes as many as the largest one asks for, and those beyond its own change nothing.
 
     Returns:
       :class:`fedjax_lab.round.LocalTraining`.
 
     Raises:
-      ValueError: work, batch size or learning rate that isn't positive, or both ``epochs`` and ``steps``; what is
-        no model or no optimizer. The learning rates of a schedule over rounds are not checked.
+      ValueError: work, batch size or learning rate that isn't positive, or both ``epochs`` and ``steps``; work that
+        is no Python integer with ``static=True``; what is no model or no optimizer. The learning rates of a schedule
+        over rounds are not checked.
     """
     checks.model(model)
     checks.client_optimizer(optimizer)
@@ -109,6 +111,11 @@ def local_training(
         raise ValueError("give epochs= or steps=, not both")
     work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
     checks.positive(work, unit, integer=True)
+    if static and not isinstance(work, int):
+        raise ValueError(
+            f"static=True needs {unit} as a Python integer, the same for every client; got {checks.shown(work)}. "
+            "Without it, forward mode (jax.jvp, jax.jacfwd) goes through any amount of work"
+        )
     if batch_size is not None:
         checks.positive(batch_size, "batch_size", integer=True, unit=" (or None for full batches)")
     oracle = gradient_oracle(model.loss)
@@ -127,7 +134,7 @@ def local_training(
         if jnp.shape(amount) or not jnp.issubdtype(jnp.result_type(amount), jnp.integer):
             raise ValueError(f"the function given as {unit} must give one integer; it gives {checks.shown(amount)}")
         pieces = batch_size is None and client.max_size > client.tile
-        objective = tilt(_in_pieces(oracle, client) if pieces else oracle)
+        objective = tilt(_in_pieces(oracle, client, static) if pieces else oracle)
 
         def step(carry, batch, mask, positions, step_key):
             variables, opt_state, loss, seen = carry
