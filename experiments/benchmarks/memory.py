@@ -62,6 +62,7 @@ def main(quick: bool = False, json: pathlib.Path | None = None) -> None:
       quick: cohorts of 100 and populations of 100,000, once; instead of 1,000 and 1,000,000, three times.
       json: a file to write the figures to; a picture and all measurements go beside it.
     """
+    engine.use_all_cores()
     pairs.begin()
     runs, large, many = (1, 100, 100_000) if quick else (3, 1000, 1_000_000)
     results, told = [], []

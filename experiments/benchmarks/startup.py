@@ -62,6 +62,7 @@ def main(
       cohort: clients a round, instead of the workload's smallest.
     """
     works = chosen(workloads)
+    engine.use_all_cores()
     pairs.begin()
     results = []
     for work in works:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import fedjax_lab as fl
-from experiments.benchmarks import pairs
+from experiments.benchmarks import engine, pairs
 from experiments.benchmarks.peers import exchange
 from experiments.benchmarks.peers.environments import PEERS, Peer, Unavailable, default_folder, environment
 from experiments.benchmarks.workloads import Workload, chosen
@@ -170,6 +170,7 @@ def main(
             pythons[peer.name] = environment(peer, cache or default_folder(), python)
         except Unavailable as error:
             print(error, flush=True)
+    engine.use_all_cores()
     pairs.begin()
     for work in works:
         for peer in (p for p in wanted if p.name in pythons):

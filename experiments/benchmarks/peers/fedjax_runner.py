@@ -98,7 +98,7 @@ def main(task, outcome, options):
     import jax
     import numpy as np
 
-    vars(jax)["tree_map"] = jax.tree_util.tree_map  # FedJAX 0.0.17 was written for a jax that still had it
+    jax.__dict__["tree_map"] = jax.tree_util.tree_map  # FedJAX 0.0.17 was written for a jax that still had it
     import fedjax
     import haiku as hk
     import jax.numpy as jnp
