@@ -1,6 +1,6 @@
 """fedjax_lab: federated learning and analytics as pure functions in JAX."""
 
-from fedjax_lab import aggregators, callbacks, checks, datasets, devices, models, plots, transforms, wire
+from fedjax_lab import aggregators, callbacks, checks, datasets, devices, hosts, models, plots, transforms, wire
 from fedjax_lab.client import ClientData
 from fedjax_lab.cohort import total_bytes
 from fedjax_lab.data import FederatedData, Split

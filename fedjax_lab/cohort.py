@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_lab.data import FederatedData
 from fedjax_lab.devices import AXIS
-from fedjax_lab.lanes import Plan, choose, plan
+from fedjax_lab.lanes import Plan, choose, plan, plan_own
 from fedjax_lab.program import Program, trace
 from fedjax_lab.round import Env, Round
-from fedjax_lab.states import ClientStates, exchange, gather, padded, scatter
+from fedjax_lab.sharding import clients_each
+from fedjax_lab.states import ClientStates, exchange, gather, padded, scatter, zero_unless
 from fedjax_lab.turn import Turn, client_turn
 
 PyTree = Any
@@ -83,7 +84,7 @@ def make_env(round_number, key, ids, present, population: int) -> Env:
 
 
 def run_cohort(
-    round: Round,
+    round: Round | Callable[[PyTree], Round],
     server: PyTree,
     clients: ClientStates,
     data: FederatedData,
@@ -92,20 +93,29 @@ def run_cohort(
     lanes: int | None = None,
     mesh: Mesh | None = None,
     sizes: np.ndarray | None = None,
+    data_specs: PyTree = P(),
+    beside: PyTree = (),
+    beside_specs: PyTree = P(),
 ) -> Answers:
     """Broadcast to a cohort, run its clients, and sum what they upload.
 
     Args:
-      round: what a round computes.
+      round: what a round computes; or a function of ``beside`` that gives it, for a Round that reads arrays which
+        lie apart on the devices.
       server, clients, data: the round's start; over a mesh, the rows of ``clients`` lie along its axis.
       env: the cohort.
       key: the clients' private key, which each folds its id into.
       lanes: clients side by side on each device; ``None`` chooses.
       mesh: devices along an axis ``"clients"``; ``None`` for one device.
       sizes: the population's sizes on the host, which a choice of lanes looks at.
+      data_specs: of :func:`fedjax_lab.sharding.placed`; not one for all when every device has its own clients.
     """
 
-    def here(server, clients, data, env, key):
+    apart = isinstance(data_specs, FederatedData)
+    made = (lambda beside: round) if isinstance(round, Round) else round
+
+    def here(server, clients, data, env, key, beside):
+        round = made(beside)
         devices, axis = (1, None) if mesh is None else (mesh.shape[AXIS], AXIS)
         turn = _traced_turn(round, server, clients, data, env, key)
         cohort = len(env.ids)
@@ -113,22 +123,28 @@ def run_cohort(
         # By size alone: an absent client keeps its place, so that the others' sums keep their order and bits.
         work = jnp.where(env.invited, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
         one = lambda *slot: turn.call(server, data, env, key, *slot)
-        return _on_device(round, one, clients, data.num_clients, env, plan(work, width, devices), axis)
+        if apart:
+            me = jax.lax.axis_index(AXIS)
+            mine = env.ids // clients_each(data.num_clients, devices) == me
+            schedule = plan_own(work, mine & env.invited, width, me)
+        else:
+            schedule = plan(work, width, devices)
+        return _on_device(round, one, clients, data.num_clients, env, schedule, axis, apart)
 
     if mesh is not None:
         clients = padded(clients, mesh.shape[AXIS])
-        placed = (P(), P(AXIS), P(), P(), P())
+        placed = (P(), P(AXIS), data_specs, P(), P(), beside_specs)
         here = jax.shard_map(
             here, mesh=mesh, in_specs=placed, out_specs=(P(), P(), P(AXIS)), axis_names={AXIS}, check_vma=False
         )
-    sums, turns, clients = here(server, clients, data, env, key)
+    sums, turns, clients = here(server, clients, data, env, key, beside)
     counts = {
         "invited": jnp.sum(env.invited),
         "survivors": jnp.sum(turns.counted),
         "non_finite": jnp.sum(env.present & ~turns.alive),
     }
     return Answers(
-        sums=sums if round.aggregate.reduce is None else turns.kept,
+        sums=sums if made(beside).aggregate.reduce is None else turns.kept,
         clients=clients,
         ids=env.ids,
         ok=turns.counted,
@@ -149,14 +165,21 @@ def _traced_turn(round: Round, server, clients: ClientStates, data: FederatedDat
 
 
 def _on_device(
-    round: Round, turn: Callable, clients: ClientStates, population: int, env: Env, schedule: Plan, axis: str | None
+    round: Round,
+    turn: Callable,
+    clients: ClientStates,
+    population: int,
+    env: Env,
+    schedule: Plan,
+    axis: str | None,
+    apart: bool,
 ) -> tuple[PyTree, Turn, ClientStates]:
     """The chunks of one device: sums, turns ``[cohort, ...]`` and client states."""
     cohort, (chunks, lanes) = env.ids.shape[0], schedule.slots.shape
     slots = schedule.slots.reshape(-1)
     ids = env.ids.at[slots].get(mode="fill", fill_value=population)
     present = env.present.at[slots].get(mode="fill", fill_value=False)
-    states, known = gather(clients, ids, axis)
+    states, known = gather(clients, ids, axis, apart)
     rows = jax.tree.map(lambda x: x.reshape(chunks, lanes, *x.shape[1:]), (ids, present, states, known))
 
     def run(chunk):
@@ -167,9 +190,11 @@ def _on_device(
     else:
         sums, turns = _chunk_by_chunk(run, rows, schedule.device, axis)
         turns = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), turns)
-    if chunks > 1:  # back into the cohort's order
-        seat = jnp.zeros(cohort, jnp.int32).at[slots].set(jnp.arange(chunks * lanes, dtype=jnp.int32), mode="drop")
-        turns = jax.tree.map(lambda x: x[seat], turns)
+    if chunks > 1 or apart:  # back into the cohort's order
+        seat = jnp.full(cohort, -1).at[slots].set(jnp.arange(chunks * lanes), mode="drop")
+        turns = jax.tree.map(lambda x: x[jnp.maximum(seat, 0)], turns)
+        if apart:
+            turns = jax.tree.map(lambda x: zero_unless(seat >= 0, x), turns)
     if axis is not None:
         sums, turns = exchange((sums, turns), axis)
     new = scatter(clients, env.ids, turns.alive, turns.state, axis)

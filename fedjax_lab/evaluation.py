@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import aggregators, checks
 from fedjax_lab.cohort import make_env, run_cohort
@@ -18,6 +18,7 @@ from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_over_client
 from fedjax_lab.process import Process
 from fedjax_lab.round import ClientOutput, Round, identity
+from fedjax_lab.sharding import placed
 from fedjax_lab.states import ClientStates
 
 PyTree = Any
@@ -88,7 +89,6 @@ def client_metrics(
         checks.federated(support, "support")
     if support is not None and list(support.ids) != list(test.ids):
         raise ValueError("support must hold the same clients as test, in the same order")
-    here, adapt = test.on_device(), None if support is None else support.on_device()
     compiled: dict[int, Any] = {}  # by identity of what the closure depends on
 
     def compute(process: Process, state) -> ClientMetrics:
@@ -96,38 +96,57 @@ def client_metrics(
             # Checks the examples against the model, and computes nothing.
             jax.eval_shape(lambda key: process.round.init(key, test), jax.random.key(0))
             home = _positions(test, process.data)
-            made = compiled[id(process.round)] = (
-                process.round,
-                home,
-                _compile(process.round, personal, process.mesh, np.asarray(test.sizes)),
-            )
-        _, home, function = made
+            here, specs = _beside(test, process)
+            adapt = (None, P()) if support is None else _beside(support, process)
+            function = _compile(process, personal, np.asarray(test.sizes), specs, adapt[1])
+            made = compiled[id(process.round)] = (process.round, home, here, adapt[0], function)
+        _, home, here, adapt, function = made
         sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home)
         return ClientMetrics({n: np.asarray(v) for n, v in values.items()}, np.asarray(sizes))
 
     return compute
 
 
-def _positions(test: FederatedData, train: FederatedData) -> jax.Array:
+def _beside(test: FederatedData, process: Process) -> tuple[FederatedData, PyTree]:
+    """Examples on the devices of the process, and how they lie there: each client's beside its training data."""
+    if isinstance(process.specs, FederatedData):
+        if test.id_table is not process.data.id_table:
+            raise ValueError(
+                "with several processes every device evaluates its own clients: evaluate on a part of the training "
+                "population's own examples, data.split(...), or other clients in a run of one process"
+            )
+        there = placed(test, process.mesh)
+        return there.data, there.specs
+    return test.on_device(), P()
+
+
+def _positions(test: FederatedData, train: FederatedData) -> np.ndarray:
     """Where each test client stands in the training population; -1 if it was never part of it."""
     if test.id_table is train.id_table:
-        return jnp.arange(test.num_clients)
+        return np.arange(test.num_clients, dtype=np.int32)
     known = {i: k for k, i in enumerate(train.ids)}
-    return jnp.asarray([known.get(i, -1) for i in test.ids], jnp.int32)
+    return np.asarray([known.get(i, -1) for i in test.ids], np.int32)
 
 
-def _compile(round: Round, personal: bool, mesh: Mesh | None, sizes: np.ndarray):
+def _compile(process: Process, personal: bool, sizes: np.ndarray, specs: PyTree, support_specs: PyTree):
+    round, mesh = process.round, process.mesh
+
     @jax.jit
     def function(server, clients: ClientStates, train, test, support, home):
-        def own(position, env):
-            seat = home[jnp.clip(position, 0, test.num_clients - 1)]
-            if support is None:
-                return train.view(seat, env)
-            own_id = jnp.where(seat >= 0, seat, train.num_clients)
-            return dataclasses.replace(support.view(position, env), id=own_id)
+        def made(beside):
+            train, support, home = beside
+
+            def own(position, env):
+                seat = home[jnp.clip(position, 0, test.num_clients - 1)]
+                if support is None:
+                    return train.view(seat, env)
+                own_id = jnp.where(seat >= 0, seat, train.num_clients)
+                return dataclasses.replace(support.view(position, env), id=own_id)
+
+            return evaluation_round(round, own, personal)
 
         states = clients
-        if jax.tree.leaves(clients.table):
+        if jax.tree.leaves(clients.table) and not isinstance(specs, FederatedData):
             seat = jnp.maximum(home, 0)
             rows = jax.tree.map(lambda t: t[seat], clients.table)
             states = ClientStates(rows, clients.known[seat] & (home >= 0))
@@ -135,17 +154,12 @@ def _compile(round: Round, personal: bool, mesh: Mesh | None, sizes: np.ndarray)
         everybody = jnp.arange(test.num_clients)
         env = make_env(jnp.int32(0), key, everybody, jnp.ones(test.num_clients, bool), test.num_clients)
         answers = run_cohort(
-            evaluation_round(round, own, personal),
-            server,
-            states,
-            test,
-            env,
-            key,
-            mesh=mesh,
-            sizes=sizes,
-        )
-        put = lambda x: jnp.zeros_like(x).at[answers.ids].set(jnp.where(answers.ok, x, 0))
-        return put(answers.weights), {n: put(v) for n, v in answers.metrics.items()}
+            made, server, states, test, env, key,
+            mesh=mesh, sizes=sizes, data_specs=specs,
+            beside=(train, support, home), beside_specs=(process.specs, support_specs, P()),
+        )  # fmt: skip
+        keep = lambda x: jnp.where(answers.ok, x, 0)
+        return keep(answers.weights), {n: keep(v) for n, v in answers.metrics.items()}
 
     return function
 

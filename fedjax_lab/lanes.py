@@ -63,6 +63,16 @@ def plan(work: jax.Array, lanes: int, devices: int = 1) -> Plan:
     return Plan(slots, jax.lax.scan(give, jnp.zeros(devices, longest.dtype), longest)[1])
 
 
+def plan_own(work: jax.Array, mine: jax.Array, lanes: int, device: jax.Array) -> Plan:
+    """As :func:`plan`, where a device may run its own clients only, ``mine: bool[cohort]``."""
+    cohort = work.shape[0]
+    chunks = -(-cohort // lanes)
+    order = jnp.argsort(jnp.where(mine, -work, jnp.iinfo(work.dtype).max), stable=True)
+    slots = jnp.where(mine[order], order, cohort)
+    slots = jnp.concatenate([slots, jnp.full(chunks * lanes - cohort, cohort)]).astype(jnp.int32).reshape(chunks, lanes)
+    return Plan(slots, jnp.where(slots[:, 0] < cohort, device, -1))
+
+
 def choose(flops: float, sizes: np.ndarray | None, cohort: int, devices: int = 1) -> int:
     """The number of lanes that a round should take the least time with.
 

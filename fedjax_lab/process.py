@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fedjax_lab.data import FederatedData
 from fedjax_lab.models.base import Variables
@@ -28,6 +29,7 @@ class Process(NamedTuple):
       clients: ``(state) -> ClientStates``, for evaluation.
       round: what a round computes.
       mesh: the devices that share a cohort out; ``None`` for one.
+      specs: how the data lie over them (:class:`fedjax_lab.sharding.Placed`).
     """
 
     init: Callable[..., PyTree]
@@ -39,6 +41,7 @@ class Process(NamedTuple):
     clients: Callable[[PyTree], ClientStates]
     round: Round
     mesh: Mesh | None = None
+    specs: PyTree = P()
 
 
 def typed_key(key: Any) -> jax.Array:

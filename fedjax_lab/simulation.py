@@ -14,6 +14,7 @@ from fedjax_lab.local import mean_loss
 from fedjax_lab.process import Process, typed_key
 from fedjax_lab.round import Round, nbytes
 from fedjax_lab.sampling import Sampler, check_sampler, everyone
+from fedjax_lab.sharding import placed
 from fedjax_lab.states import ClientStates, empty_states
 from fedjax_lab.turn import select
 
@@ -74,10 +75,9 @@ def synchronous(
     sampler.init(data)
     jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
     mesh, count = devices.checked(mesh), 1
-    sizes, data = np.asarray(data.sizes), data.on_device()
+    sizes, (data, specs, apart) = np.asarray(data.sizes), placed(data, mesh)
     if mesh is not None:
         count = mesh.shape[devices.AXIS]
-        data = jax.device_put(data, devices.replicated(mesh))
     if lanes is not None:
         checks.positive(lanes, "lanes", integer=True)
 
@@ -95,10 +95,10 @@ def synchronous(
     def step(state: SimulationState, data: FederatedData):
         key = jax.random.fold_in(state.key, state.round)
         public, clients, serving = (jax.random.fold_in(key, i) for i in range(3))
-        probe = _probe(round, state.server, data, clients)
+        probe = _probe(round, state.server, data, clients, apart)
         ids, present, sampler_state = sampler.sample(state.sampler, public, data, probe)
         env = make_env(state.round, public, ids, present, data.num_clients)
-        answers = run_cohort(round, state.server, state.clients, data, env, clients, lanes, mesh, sizes)
+        answers = run_cohort(round, state.server, state.clients, data, env, clients, lanes, mesh, sizes, specs)
         server, server_metrics = serve(round, state.server, answers, env, serving)
         sampler_state = sampler.update(sampler_state, answers.ids, answers.ok, answers.metrics)
         new = SimulationState(server, answers.clients, sampler_state, state.round + 1, state.key)
@@ -114,7 +114,7 @@ def synchronous(
     lens: Any = round.model
     variables: Any = lambda state: lens.get(state.server) if lens else None
     return Process(
-        init, step, data, mesh=mesh,
+        init, step, data, mesh=mesh, specs=specs,
         params=lambda state: variables(state).params if lens else state.server,
         variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
     )  # fmt: skip
@@ -153,13 +153,17 @@ def cohort_metrics(answers: Answers) -> dict[str, jax.Array]:
     return {**answers.counts, **bytes_, **means}
 
 
-def _probe(round: Round, server: PyTree, data: FederatedData, key: jax.Array):
+def _probe(round: Round, server: PyTree, data: FederatedData, key: jax.Array, apart: bool):
     """``probe(ids)``: candidates' losses under the model they would be sent, and what asking them cost."""
     asked: list[int] = []
 
     def probe(ids):
         if round.loss is None or round.model is None:
             raise ValueError("this sampler probes the clients' losses, but the Round has no loss")
+        if apart:
+            raise ValueError(
+                "a sampler that probes losses needs one process: here every device has its own clients only"
+            )
         variables, loss = round.model.get(server), round.loss
         asked.append(ids.shape[0])
         one = lambda i: mean_loss(loss, variables, data.view(i), jax.random.fold_in(key, i))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lab import checks
+from fedjax_lab import checks, hosts
 
 PyTree = Any
 
@@ -32,7 +32,7 @@ def host_leaves(state: PyTree) -> list[Leaf]:
     for name, leaf in checks.named_leaves(state):
         impl = _impl(leaf)
         value = leaf if impl is None else jax.random.key_data(leaf)
-        leaves.append(Leaf(name, np.asarray(value), impl))
+        leaves.append(Leaf(name, hosts.whole(value) if isinstance(value, jax.Array) else np.asarray(value), impl))
     return leaves
 
 

@@ -44,18 +44,20 @@ def padded(clients: ClientStates, devices: int) -> ClientStates:
     return ClientStates(jax.tree.map(more, clients.table), more(clients.known))
 
 
-def gather(clients: ClientStates, ids: jax.Array, axis: str | None = None) -> tuple[PyTree, jax.Array]:
+def gather(
+    clients: ClientStates, ids: jax.Array, axis: str | None = None, own: bool = False
+) -> tuple[PyTree, jax.Array]:
     """The states of the clients ``ids: int32[n]`` and which of them are known, ``bool[n]``.
 
     With ``axis``, a mesh axis inside ``shard_map``, each device holds its own block of the table's rows and
-    every device gets all of the ``n``.
+    every device gets all of the ``n``; or, with ``own``, each asks only for clients whose rows it holds.
     """
     if not jax.tree.leaves(clients.table):
         return clients.table, jnp.ones(ids.shape, bool)
     seats, here = _seats(clients, ids, axis)
     pick = lambda t: t[jnp.where(here, seats, 0)]
     found = (jax.tree.map(pick, clients.table), pick(clients.known))
-    if axis is None:
+    if axis is None or own:
         return found
     return exchange(jax.tree.map(lambda x: zero_unless(here, x), found), axis)
 

@@ -1,0 +1,114 @@
+"""Several processes, on one computer or many, that run one program together.
+
+Every process makes the same calls with the same settings. Each puts the rows of its own share of the clients on
+its devices; the process with index 0 leads: it alone writes the run's folder, and what depends on a clock or on a
+key press is its decision.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_lab import checks
+
+PyTree = Any
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run has died or can't be reached."""
+
+
+def connect(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
+    """Join the other processes; call it before anything else of JAX runs.
+
+    Args:
+      coordinator: ``"host:port"`` of the process with index 0, which must be free there.
+      num_processes: how many there are.
+      process_id: which of them this is, from 0. All three ``None``: as the cluster's environment says (Slurm, Open
+        MPI, Cloud TPU, Kubernetes).
+
+    Raises:
+      ValueError: some but not all of them, or a process index that can't be.
+      RuntimeError: JAX runs already, or the others don't answer.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        raise ValueError(f"several processes need all of {', '.join(given)}; {', '.join(missing)} is missing")
+    if coordinator is not None:
+        if ":" not in coordinator:
+            raise ValueError(f"coordinator must be host:port; got {coordinator!r}")
+        checks.positive(num_processes, "num_processes", integer=True)
+        if not 0 <= int(process_id or 0) < int(num_processes or 0):
+            raise ValueError(f"process_id must lie in 0..{int(num_processes or 0) - 1}; got {process_id}")
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"the processes could not be joined ({error}). Call this before anything else of JAX runs, in every one of "
+            f"the {num_processes or ''} processes, with the same coordinator"
+        ) from error
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.process_count() > 1
+
+
+def leads() -> bool:
+    """Whether this process writes the run's folder and decides for all."""
+    return jax.process_index() == 0
+
+
+def decided(question: Callable[[], bool]) -> Callable[[], bool]:
+    """The question, answered by the leading process for all; every process must ask at the same points."""
+    if not several():
+        return question
+    return lambda: bool(multihost_utils.broadcast_one_to_all(np.bool_(question())))
+
+
+def from_leader(tree: PyTree) -> PyTree:
+    """The leading process's pytree of arrays (the same shapes everywhere), as NumPy arrays on all."""
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree)) if several() else tree
+
+
+def agree(what: dict[str, Any]) -> None:
+    """Check that all processes were started alike.
+
+    Args:
+      what: names of settings and their values, compared by a digest of their ``repr``.
+
+    Raises:
+      ValueError: naming the settings in which processes differ.
+    """
+    if not several():
+        return
+    digest = lambda value: np.frombuffer(hashlib.sha256(repr(value).encode()).digest()[:8], np.int32)
+    mine = np.stack([digest(value) for value in what.values()])
+    every = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, *mine.shape)
+    differ = [name for i, name in enumerate(what) if (every[:, i] != every[0, i]).any()]
+    if differ:
+        raise ValueError(
+            f"the {len(every)} processes of this run differ in {', '.join(differ)}: start all of them with the same "
+            f"settings and the same data (here, process {jax.process_index()}: "
+            + ", ".join(f"{name} {checks.shown(what[name])}" for name in differ)
+            + ")"
+        )
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """The array on the host, from all processes' devices; every process must ask."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def put(array: np.ndarray, mesh: Mesh, spec: P) -> jax.Array:
+    """A host array that every process has, or has its part of, laid out over all devices."""
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: np.asarray(array[index]))
