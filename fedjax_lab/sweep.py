@@ -82,14 +82,15 @@ def sweep(
     places = devices_for(reference, devices)
     program = trace(make_process, cells, reference, params)
     batch = batch or side_by_side(program, cells, len(places))
-    runs = Runs(program, reference.data, cells, batch, places, params)
     measure = None if evaluate is None else evaluations(evaluate, make_process, cells, reference)
+    apart = time.monotonic() - begin
+    runs = Runs(program, reference.data, cells, batch, places, params)
     with show_progress(num_rounds, 0, progress) as update:
         logs = _run_rounds(runs, num_rounds, every, measure, functools.partial(_report, cells, update))
     last, states = runs.finish()
     metrics, points = _named(logs, measure, cells)
     total = time.monotonic() - begin
-    apart = runs.compile_seconds + (measure.seconds if measure else 0.0)
+    apart += runs.compile_seconds + (measure.seconds if measure else 0.0)
     return SweepResult(
         params=last, state=states, metrics=metrics, points=points, grids=cells.grids, seeds=cells.seeds,
         rounds=num_rounds, seconds=total - apart, compile_seconds=apart,
