@@ -1,4 +1,4 @@
-"""sweep: one cell is its own run; statistics by hand; refusals that name the grid's value."""
+"""sweep: one cell is its own run, in one program whatever the number of cells."""
 
 import functools
 import pathlib
@@ -15,14 +15,12 @@ import pytest
 
 import fedjax_lab as fl
 from algorithms.fedadam import fedadam
-from algorithms.fedavg import fedavg
 from algorithms.fedprox import fedprox
 from fedjax_lab.cell_program import trace
 from fedjax_lab.grids import cells_of
 from tests.laws.table import ALGORITHMS
 from tests.problems import assert_close, assert_same_bits, softmax_data, softmax_model
 from tests.promises.resuming import walk
-from tests.refusals import raises, refused
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EVALUATE = fl.global_metrics(softmax_data(seed=1))
@@ -267,203 +265,10 @@ def test_an_evaluation_in_two_halves_is_traced_once(batch):
     assert_same_run(result.cell(rate=0.5, seed=1), fl.run(own_walk(0.5), 3, seed=1, evaluate=Halves(), every=2))
 
 
-# ---- statistics, by hand ----
+# ---- the document ----
 
 
-def by_hand(accuracy, **grids) -> fl.SweepResult:
-    """A sweep whose metric was ``accuracy: [*grids, seeds, points]``."""
-    accuracy = np.asarray(accuracy, np.float32)
-    rounds, size = accuracy.shape[-1], accuracy.shape
-    seeds = tuple(range(size[-2]))
-    metrics = {"accuracy": accuracy, "uplink_bytes": np.full(size, 2_000_000), "downlink_bytes": np.full(size, 1)}
-    points = {name: np.arange(1, rounds + 1) for name in metrics}
-    return fl.SweepResult((), (), metrics, points, {n: tuple(v) for n, v in grids.items()}, seeds, rounds, 1.0, 1.0)
-
-
-def test_means_and_bands():
-    result = by_hand([[[1.0, 5], [2, 5], [3, 5]], [[0, 1], [0, 2], [3, 6]]], mu=[0, 1])
-    np.testing.assert_allclose(result.mean("accuracy"), [[2, 5], [1, 3]])
-    low, high = result.band("accuracy")
-    t = 4.302653  # Student's t, two degrees of freedom, 97.5%
-    half = t / np.sqrt(3) * np.array([[1, 0], [np.sqrt(3), np.sqrt(7)]])
-    np.testing.assert_allclose(high - low, 2 * half, rtol=1e-6)
-    np.testing.assert_allclose((high + low) / 2, result.mean("accuracy"))
-    low, high = result.band("accuracy", level=0.5)
-    np.testing.assert_allclose(high[0, 0] - low[0, 0], 2 * 0.8164966 / np.sqrt(3), rtol=1e-6)
-    raises(lambda: by_hand([[1, 2]]).band("accuracy"), "at least two seeds")
-    raises(lambda: result.band("accuracy", level=95), "level must lie between 0 and 1")
-
-
-def test_the_best_point():
-    nan = np.nan
-    result = by_hand([[[1.0, 5], [3, 5]], [[9, 1], [9, 1]], [[9, nan], [9, 9]]], mu=[0, 0.5, 2])
-    best = result.best("accuracy")
-    assert (best.values, best.mean, best.low, best.high) == ({"mu": 0}, 5, 5, 5)
-    assert result.best("accuracy", by="best").values == {"mu": 0.5}
-    assert result.best("accuracy", by="mean").values == {"mu": 0.5}
-    assert result.best("accuracy", below=True).values == {"mu": 0.5}
-    assert by_hand([[4.0, 2]]).best("accuracy") == ({}, 2, None, None)
-    raises(lambda: by_hand([[nan]]).best("accuracy"), "not finite at any point")
-    raises(lambda: result.best("accuracy", by="lats"), "did you mean 'last'")
-    raises(lambda: result.best("acuracy"), "no metric 'acuracy'", "did you mean 'accuracy'")
-
-
-def test_one_cell_or_the_seeds_of_one_point():
-    result = fl.sweep(walk, 2, [3, 8], rate=[0.1, 1])
-    assert result.cell(rate=np.float32(0.1), seed=8).metrics == result.runs(rate=0.1)[1].metrics
-    assert len(result.runs(rate=1)) == 2
-    raises(lambda: result.cell(rate=0.1), "which seed? The sweep has [3, 8]")
-    raises(lambda: result.cell(seed=3), "which rate? The sweep has [0.1, 1.0]")
-    raises(lambda: result.cell(rate=0.1, seed=4), "the sweep has no seed=4; it has [3, 8]")
-    raises(lambda: result.cell(rate=0.2, seed=3), "the sweep has no rate=0.2")
-    raises(lambda: result.cell(rtae=0.1, seed=3), "no grid 'rtae'", "did you mean 'rate'")
-    assert "rate=[0.1, 1.0], 2 seeds: 4 runs of 2 rounds" in repr(result)
-
-
-# ---- refusals ----
-
-
-def make_square(learning_rate, mu=0.0):
-    return proximal(learning_rate, mu)
-
-
-def test_grids_and_seeds_that_are_none():
-    sweep = functools.partial(fl.sweep, make_square, 3)
-    refused(lambda: sweep([], learning_rate=[0.1]), "seeds is empty", "range(8)")
-    refused(lambda: sweep(3, learning_rate=[0.1]), "seeds must be a list of integers", "got 3")
-    refused(lambda: sweep([0.5], learning_rate=[0.1]), "seeds must be a list of integers")
-    refused(lambda: sweep([True], learning_rate=[0.1]), "seeds must be a list of integers")
-    refused(lambda: sweep([1, 1], learning_rate=[0.1]), "the seed 1 occurs twice")
-    refused(lambda: sweep([-1], learning_rate=[0.1]), "at least 0", "-1")
-    refused(lambda: sweep([0], learning_rate=[]), "learning_rate is an empty grid")
-    refused(lambda: sweep([0], learning_rate=0.1), "learning_rate must be a list of numbers", "got 0.1")
-    refused(lambda: sweep([0], learning_rate=["a"]), "learning_rate must be a list of numbers")
-    refused(lambda: sweep([0], learning_rate="0.1"), "learning_rate must be a list of numbers")
-    refused(lambda: sweep([0], learning_rate={0.1, 0.2}), "learning_rate must be a list of numbers")
-    refused(lambda: sweep([0], learning_rate=[[0.1], [0.2]]), "learning_rate must be a list of numbers")
-    refused(lambda: sweep([0], learning_rate=[0.1, True]), "learning_rate must be a list of numbers")
-    refused(lambda: sweep([0], learning_rate=[0.1, np.nan]), "nan is no float32 value")
-    refused(lambda: sweep([0], learning_rate=[1e300]), "1e+300 is no float32 value")
-    refused(lambda: sweep([0], learning_rate=[2**40]), "1099511627776 is no int32 value")
-    refused(lambda: sweep([0], learning_rate=[0.1, 0.1 + 1e-12]), "the value 0.1 twice")
-
-
-def test_names_that_make_process_does_not_take():
-    refused(lambda: fl.sweep(make_square, 3, [0], learning_rat=[0.1]), "no parameter 'learning_rat'", "'learning_rate'")
-    refused(lambda: fl.sweep(make_square, 3, [0], mu=[0.1]), "make_process needs learning_rate", "learning_rate=[...]")
-    refused(lambda: fl.sweep(walk(), 3, [0]), "sweep takes a function")
-    refused(lambda: fl.sweep(lambda: 3, 3, [0]), "make_process() must give a Process", "gives 3")
-    algorithm = fedavg(softmax_model(), optax.sgd(0.1))
-    refused(lambda: fl.sweep(lambda: algorithm, 3, [0]), "must give a Process", "fl.synchronous")
-
-
-def test_a_value_that_is_refused_is_named():
-    refused(
-        lambda: fl.sweep(make_square, 3, [0], learning_rate=[0.1, -1]),
-        "make_process(learning_rate=-1.0): client_optimizer", "not downhill",
-    )  # fmt: skip
-    refused(
-        lambda: fl.sweep(make_square, 3, [0], learning_rate=[0.1, 0.2], mu=[0, -0.5]),
-        "make_process(learning_rate=0.1, mu=-0.5)", "mu",
-    )  # fmt: skip
-    with pytest.raises(KeyError) as caught:
-        fl.sweep(lambda rate: {}[rate], 3, [0], rate=[0.5])
-    assert "make_process(rate=0.5)" in caught.value.__notes__[0]
-
-
-def branching(rate, width=3):
-    if rate > 1:
-        return walk(1.0)
-    return walk(rate)
-
-
-def test_values_that_shapes_or_branches_depend_on():
-    refused(
-        lambda: fl.sweep(branching, 3, [0], rate=[0.1, 2]),
-        "rate can't be swept", "test_sweep.py", "if rate > 1", "TracerBoolConversionError", "jnp.where",
-    )  # fmt: skip
-    refused(lambda: fl.sweep(lambda rate, width: walk(rate, width), 3, [0], rate=[0.1], width=[3]), "width can't be")
-
-    def cohorts(learning_rate, size):
-        algorithm = fedavg(softmax_model(), optax.sgd(learning_rate))
-        return fl.synchronous(algorithm, softmax_data(), fl.uniform(size))
-
-    refused(lambda: fl.sweep(cohorts, 3, [0], learning_rate=[0.1, 0.2], size=[2, 4]), "size can't be swept")
-
-
-def test_data_that_depend_on_a_value():
-    make = lambda shift: walk(data=softmax_data(seed=shift).on_device())
-    refused(lambda: fl.sweep(make, 3, [0], shift=[0, 1]), "other data for shift=1 than for shift=0")
-    again = lambda rate: walk(rate, data=softmax_data.__wrapped__().on_device())  # equal, but built anew
-    assert fl.sweep(again, 1, [0], rate=[0.1, 0.2]).rounds == 1
-
-
-def test_other_arguments():
-    refused(lambda: fl.sweep(walk, -1, [0]), "num_rounds must be an integer of at least 0")
-    refused(lambda: fl.sweep(walk, 2, [0], every=0), "every must be an integer of at least 1")
-    refused(lambda: fl.sweep(walk, 2, [0], batch=0.5), "batch must be an integer")
-    refused(lambda: fl.sweep(walk, 2, [0], devices=1000), "devices=1000, but JAX sees")
-    refused(lambda: fl.sweep(walk, 2, [0], evaluate=3), "evaluate must be a function")
-    refused(lambda: fl.sweep(walk, 2, [0], params=np.array([np.nan])), "params leaf", "NaN")
-
-
-# ---- pictures ----
-
-
-def test_curves_with_bands():
-    pytest.importorskip("matplotlib")
-    accuracy = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5) / 100
-    result = by_hand(accuracy, learning_rate=[0.1, 0.01], mu=[0, 1, 10])
-    figure = result.plot("accuracy")
-    assert [ax.get_title() for ax in figure.axes] == ["mu 0", "mu 1", "mu 10"]
-    ax = figure.axes[1]
-    assert (ax.get_xlabel(), ax.get_ylabel(), len(ax.lines), len(ax.collections)) == ("round", "accuracy", 2, 2)
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), result.mean("accuracy")[1, 1])
-    _, high = result.band("accuracy", 0.9)
-    band = result.plot("accuracy", level=0.9).axes[1].collections[1].get_paths()[0].vertices
-    np.testing.assert_allclose(band[:, 1].max(), high[1, 1].max(), rtol=1e-6)
-    legend = figure.axes[0].get_legend()
-    assert legend.get_title().get_text() == "learning rate\nmean of 4 seeds, 95% band"
-    assert [text.get_text() for text in legend.get_texts()] == ["0.1", "0.01"]
-    (ax,) = result.plot("accuracy", "uplink_bytes", mu=1).axes
-    assert ax.get_xlabel() == "uplink so far (MB)"
-    np.testing.assert_allclose(ax.lines[0].get_xdata(), [2, 4, 6, 8, 10])
-
-
-def test_the_last_value_over_a_hyper_parameter():
-    pytest.importorskip("matplotlib")
-    accuracy = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5) / 100
-    result = by_hand(accuracy, learning_rate=[0.1, 0.01], mu=[0.1, 10, 1])
-    (ax,) = result.plot("accuracy", x="mu").axes
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale()) == ("mu", "accuracy after 5 rounds", "log")
-    np.testing.assert_allclose(ax.lines[0].get_xdata(), [0.1, 1, 10])
-    np.testing.assert_allclose(ax.lines[0].get_ydata(), result.mean("accuracy")[0, [0, 2, 1], -1])
-    (ax,) = by_hand(accuracy[0, 0]).plot("accuracy").axes  # seeds alone
-    assert ax.get_title() == "mean of 4 seeds, 95% band"
-    (ax,) = by_hand(accuracy[0, :, :1], mu=[0, 1, 2]).plot("accuracy").axes  # one seed: no band to tell
-    assert ax.get_legend().get_title().get_text() == "mu"
-
-
-def test_a_diverging_run_does_not_flatten_the_others():
-    pytest.importorskip("matplotlib")
-    loss = np.array([[[2.0, 1, 0.5], [2, 1.1, 0.6]], [[2, 1e6, 1e12], [2, 1e7, np.nan]]])
-    result = by_hand(loss, learning_rate=[0.1, 10])
-    result = result._replace(metrics={"loss": loss}, points={"loss": np.arange(1, 4)})
-    assert result.plot("loss").axes[0].get_ylim()[1] < 10
-    assert result.plot("loss", x="learning_rate").axes[0].get_ylim()[1] < 10
-
-
-def test_pictures_that_can_not_be_drawn():
-    pytest.importorskip("matplotlib")
-    result = by_hand(np.zeros((20, 2, 3)), mu=np.arange(20.0))
-    raises(lambda: result.plot("accuracy"), "20 lines can't be told apart", "mu=...", "x='mu'")
-    raises(lambda: result.plot("accuracy", x="rounds"), "x must be one of", "did you mean 'round'")
-    raises(lambda: result.plot("accuracy", m=1), "no grid 'm'")
-    raises(lambda: result.plot("accuracy", mu=0.5), "the sweep has no mu=0.5")
-    raises(lambda: result.plot("accuracy", x="mu", mu=1.0), "mu can't be the x axis")
-    assert len(result.plot("accuracy", mu=3).axes) == 1
-
-
+@pytest.mark.slow
 def test_the_documents_examples_run(monkeypatch):
     """The code of docs/sweeps.md, with fewer clients, rounds and seeds."""
     pytest.importorskip("matplotlib")
