@@ -1,9 +1,10 @@
-"""Models of which a part stays with each client: FedBN, FedPer, local statistics.
+"""Models of which a part stays with each client: FedBN, FedPer, FedRep, LG-FedAvg, local statistics.
 
 The private part is taken out of everything that travels: out of the model, and out of whatever else
 in a message or an upload is shaped like it (control variates, momenta).
 """
 
+import fnmatch
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import Round, Transform, identity
+from fedjax_lab.round import LocalTraining, Round, Tilt, Transform, chain_tilts, identity
 
 PyTree = Any
 
@@ -34,15 +35,24 @@ def statistics(path: str) -> bool:
     return path.startswith("model_state/")
 
 
-def private(predicate: Callable[[str], bool]) -> Transform:
-    """Keep the leaves that ``predicate`` names with each client; train all of them jointly.
+def leaves(*patterns: str) -> Callable[[str], bool]:
+    """The predicate of the leaves whose path matches one of the patterns, such as ``"params/Dense_1/*"``."""
+    return lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
-    FedBN (Li et al. 2021) is ``private(batch_norm)``; FedPer (Arivazhagan et al. 2019) is a predicate that
-    names the last layers. Each client's part starts from the server's initial model.
+
+def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bool = False) -> Transform:
+    """Keep the leaves that ``predicate`` names with each client, and train them with the rest or before it.
+
+    FedBN (Li et al. 2021) is ``private(batch_norm)``; FedPer (Arivazhagan et al. 2019) names the last layers, LG-FedAvg
+    (Liang et al. 2020) the first ones; FedRep (Collins et al. 2021) alternates, :mod:`algorithms.fedrep`. Each client's
+    part starts from the server's initial model. Kept per client: the private part. Travels: the rest, each way.
 
     Args:
       predicate: of a leaf's path in Variables, such as ``params/Dense_1/kernel`` or
-        ``model_state/batch_stats/BatchNorm_0/mean``.
+        ``model_state/batch_stats/BatchNorm_0/mean``. See :func:`leaves`.
+      alternating: train the private parameters alone first, with the others held, and then the others with these
+        held: by this :func:`fedjax_lab.local_training`, or with ``True`` by the inner round's own. ``False``: all
+        of them jointly.
 
     Raises:
       ValueError: when the process is built, if nothing or everything is private.
@@ -72,12 +82,23 @@ def private(predicate: Callable[[str], bool]) -> Transform:
             whole = fill(state.part, message)
             return view.set(whole, merge(state.part, view.get(whole)))
 
+        first = round.local if alternating is True else alternating
+        if first is None:
+            raise ValueError("private() alternates by the Round's local training, but this Round has none")
+
         def client_update(message, state, client, key, tilt=identity):
             whole = received(message, state)
+            if first:
+                start = view.get(whole)
+                run = first(start, client, jax.random.fold_in(key, 0xFE9), tilt=holding(lambda p: not predicate(p)))
+                whole = view.set(whole, merge(keep(predicate, run.variables), start))
+                tilt = chain_tilts(tilt, holding(predicate))
             out = round.client_update(whole, state.inner, client, key, tilt=tilt)
             if out.trained is None:
                 raise ValueError("private() needs a Round that reports what it trained (ClientOutput.trained)")
             part = keep(predicate, out.trained.variables)
+            if first:  # held, whatever an optimizer does to parameters without a gradient
+                part = part._replace(params=keep(predicate, view.get(whole)).params)
             upload = strip(predicate, view.get(whole), out.upload)
             return out._replace(upload=upload, state=PrivateState(part, out.state), bytes_up=None)
 
@@ -99,6 +120,20 @@ def private(predicate: Callable[[str], bool]) -> Transform:
         )
 
     return transform
+
+
+def holding(predicate: Callable[[str], bool]) -> Tilt:
+    """The tilt that gives the parameters that ``predicate`` names no gradient."""
+
+    def tilt(oracle):
+        def tilted(params, inputs, key):
+            grads, aux = oracle(params, inputs, key)
+            hold = lambda path, g: jnp.zeros_like(g) if predicate(checks.path_name(path)) else g
+            return jax.tree_util.tree_map_with_path(hold, Variables(grads)).params, aux
+
+        return tilted
+
+    return tilt
 
 
 def keep(predicate, variables: Variables) -> Variables:

@@ -21,8 +21,10 @@ from algorithms.fednova import fednova
 from algorithms.fedpa import fedpa
 from algorithms.fedpd import fedpd
 from algorithms.fedprox import fedprox
+from algorithms.fedrep import fedrep
 from algorithms.fedsgd import fedsgd
 from algorithms.fedyogi import fedyogi
+from algorithms.l2gd import l2gd
 from algorithms.local_only import local_only
 from algorithms.mime import mime
 from algorithms.mime_lite import mime_lite
@@ -30,17 +32,35 @@ from algorithms.q_fedavg import q_fedavg
 from algorithms.q_fedsgd import q_fedsgd
 from algorithms.scaffold import scaffold
 from algorithms.term import term
+from fedjax_lab.transforms import (
+    apfl,
+    fine_tuning,
+    leaves,
+    meta_sgd,
+    per_fedavg,
+    personal_model,
+    pfedme,
+    private,
+    reptile,
+    with_rates,
+)
 from tests.problems import softmax_model
 
 MODEL = softmax_model()
 SGD = optax.sgd(0.1)
 LOCAL = {"epochs": 2, "batch_size": 10}
+BIAS = leaves("params/b")
 
 
 class Entry(NamedTuple):
     """``make()`` builds the Round on the shared problem."""
 
     make: Callable[[], fl.Round]
+
+
+def over_fedavg(*transforms):
+    """FedAvg under transforms that personalise it."""
+    return Entry(lambda: fl.compose(fedavg(MODEL, SGD, **LOCAL), *transforms))
 
 
 ALGORITHMS = {
@@ -77,5 +97,20 @@ ALGORITHMS = {
     "adaptive_fedprox": Entry(lambda: adaptive_fedprox(MODEL, SGD, patience=1, **LOCAL)),
     "adaptive_fedavg": Entry(lambda: adaptive_fedavg(MODEL, optax.adam(0.05), **LOCAL)),
     "local_only": Entry(lambda: local_only(MODEL, SGD, **LOCAL)),
+    "fine_tuning": over_fedavg(fine_tuning()),
+    "ditto": over_fedavg(personal_model(0.5)),
+    "ditto_of_scaffold": Entry(lambda: fl.compose(scaffold(MODEL, SGD, **LOCAL), personal_model(0.5))),
+    "pfedme": over_fedavg(pfedme(2.0, inner_learning_rate=0.1, inner_steps=3)),
+    "apfl": over_fedavg(apfl(0.5)),
+    "apfl_learned": over_fedavg(apfl(0.25, learn_alpha=True)),
+    "l2gd": Entry(lambda: l2gd(MODEL, learning_rate=0.05, lam=1.0, p=0.4)),
+    "fedper": over_fedavg(private(BIAS)),
+    "lg_fedavg": over_fedavg(private(leaves("params/w"))),
+    "fedrep": Entry(lambda: fedrep(MODEL, SGD, head=BIAS, head_epochs=2)),
+    "per_fedavg": over_fedavg(per_fedavg(0.1)),
+    "per_fedavg_hessian_free": over_fedavg(per_fedavg(0.1, form="hessian_free", delta=0.05, support_batch_size=4)),
+    "per_fedavg_first_order": over_fedavg(per_fedavg(0.1, form="first_order", inner_steps=2)),
+    "meta_sgd": Entry(lambda: fl.compose(fedavg(with_rates(MODEL, 0.1), SGD, **LOCAL), meta_sgd())),
+    "reptile": over_fedavg(reptile(0.5), fine_tuning()),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
