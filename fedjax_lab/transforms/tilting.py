@@ -8,6 +8,7 @@ from fedjax_lab.client import ClientData
 from fedjax_lab.models.base import Variables
 from fedjax_lab.round import Round, Tilt, Transform, chain_tilts, identity
 from fedjax_lab.round import proximal as proximal_tilt
+from fedjax_lab.transforms.personal import received_model
 
 
 def tilted(make: Callable[[Variables, ClientData], Tilt]) -> Transform:
@@ -17,12 +18,13 @@ def tilted(make: Callable[[Variables, ClientData], Tilt]) -> Transform:
     """
 
     def transform(round: Round) -> Round:
-        view = round.view
-        if view is None:
+        if round.view is None:
             raise ValueError("tilted() changes local training, but this Round trains no model (Round.view is None)")
 
+        received = received_model(round, "tilted()")  # whole, where a client has parts or a choice of its own
+
         def client_update(message, state, client, key, tilt=identity):
-            own = make(view.get(message), client)
+            own = make(received(message, state, client, key), client)
             return round.client_update(message, state, client, key, tilt=chain_tilts(own, tilt))
 
         return round._replace(client_update=client_update)

@@ -2,12 +2,24 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import fedjax_lab as fl
-from fedjax_lab.transforms import apfl, control_variates, gradient_rounds, leaves, per_fedavg, personal_model, private
-from tests.laws.table import ALGORITHMS
-from tests.problems import softmax_data
+from algorithms.fedavg import fedavg
+from fedjax_lab.transforms import (
+    apfl,
+    control_variates,
+    gradient_rounds,
+    leaves,
+    per_fedavg,
+    personal_model,
+    private,
+    proximal,
+)
+from tests.laws.table import ALGORITHMS, MODEL
+from tests.problems import softmax_data, steps
 
 BIAS = leaves("params/b")
 # Sends no model; keep a part already; names its leaves otherwise; is FedAvg.
@@ -48,6 +60,25 @@ def test_personal_models_stay_over_each_other():
     for shapes in travelling(round, data):
         assert sorted(shapes) == [(4, 3), (4, 3)]  # the shared model, and the control variate of what is shared
     fl.synchronous(round, softmax_data())
+
+
+def test_a_proximal_term_pulls_the_private_part_to_where_it_was():
+    """FedProx of FedPer: with a pull of one over the rate, two steps are one step from where each part began."""
+    data, rate = softmax_data((6,)), 0.25
+    final = {}
+    for steps_made, pull in ((1, 0.0), (2, 1 / rate)):
+        base = fedavg(MODEL, optax.sgd(rate), steps=steps_made, batch_size=None)
+        process = fl.synchronous(fl.compose(base, private(BIAS), proximal(pull)), data)
+        state, _ = steps(process, 1)
+        final[pull] = process.clients(state).table.part.params["b"], process.params(state)["w"]
+    # w_2 = w_1 - rate (g(w_1) + (w_1 - w_0) / rate) = w_0 - rate g(w_1): one step by the gradient at w_1.
+    one, two = final.values()
+    process = fl.synchronous(fl.compose(fedavg(MODEL, optax.sgd(rate), steps=1, batch_size=None)), data)
+    first = process.params(process.init(jax.random.key(0)))
+    at = {"b": one[0][0], "w": one[1]}
+    moved = process.params(process.step(process.init(jax.random.key(0), at), process.data)[0])
+    np.testing.assert_allclose(two[0][0], first["b"] + (moved["b"] - at["b"]), atol=1e-6)
+    np.testing.assert_allclose(two[1], first["w"] + (moved["w"] - at["w"]), atol=1e-6)
 
 
 @pytest.mark.parametrize("late", [control_variates("I"), gradient_rounds(lambda *_: fl.identity)])
