@@ -21,6 +21,7 @@ from fedjax_lab.models.losses import (
     squared_error,
 )
 from fedjax_lab.models.nnx_adapter import from_nnx
+from fedjax_lab.models.precision import mixed_precision
 from fedjax_lab.models.recurrent import char_lstm, word_lstm
 from fedjax_lab.models.residual import batch_norm, group_norm, resnet
 
@@ -41,6 +42,7 @@ __all__ = [
     "initial_variables",
     "linear_regression",
     "logistic_regression",
+    "mixed_precision",
     "mlp",
     "recall_at",
     "resnet",

@@ -25,6 +25,7 @@ def from_flax(
     train_argument: str | None = None,
     mask_argument: str | None = "mask",
     rngs: Sequence[str] = ("dropout",),
+    compute_dtype: Any = None,
 ) -> Model:
     """A Model from a Linen module.
 
@@ -47,6 +48,7 @@ def from_flax(
       train_argument: the argument that says whether the module trains, if none of the above does.
       mask_argument: the argument that takes the mask; ``None`` if ``mask`` means something else.
       rngs: names of the random streams that training draws from, all fed from the loss's key.
+      compute_dtype: ``jnp.bfloat16`` for :func:`fedjax_lab.models.mixed_precision`; by default as the module says.
 
     Raises:
       ValueError: an unknown ``train_argument``; by ``init`` without ``sample_input``; by
@@ -82,7 +84,7 @@ def from_flax(
         return start(key, x)
 
     def apply(params, model_state, batch, mask, key, train):
-        x = functional.arguments(inputs, batch)
+        x = functional.arguments(inputs, batch, params)
         call = dict(modes(train, mask, functional.batch_size(x)))
         call["rngs"] = None if key is None else streams(key)
         variables = {"params": params, **(model_state or {})}
@@ -92,7 +94,15 @@ def from_flax(
         outputs, state = module.apply(variables, *x, mutable=list(model_state), **call)
         return outputs, _same_collections(flax.core.unfreeze(state), model_state) if train else model_state
 
-    return functional.model(init, apply, loss=loss, metrics=metrics, num_classes=num_classes, init_from=init_from)
+    return functional.model(
+        init,
+        apply,
+        loss=loss,
+        metrics=metrics,
+        num_classes=num_classes,
+        init_from=init_from,
+        compute_dtype=compute_dtype,
+    )
 
 
 def from_shape(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fedjax_lab import checks
 from fedjax_lab.models import losses
 from fedjax_lab.models.base import Model
+from fedjax_lab.models.precision import mixed_precision, widened
 
 PyTree = Any
 Metrics = Mapping[str, losses.PerExample]
@@ -31,14 +32,17 @@ def features(batch: PyTree) -> jax.Array:
     return batch["x"]
 
 
-def arguments(inputs: Callable[[PyTree], PyTree], batch: PyTree) -> tuple[PyTree, ...]:
+def arguments(inputs: Callable[[PyTree], PyTree], batch: PyTree, params: PyTree = ()) -> tuple[PyTree, ...]:
     """The network's positional arguments; a plain tuple from ``inputs`` gives several.
 
-    Bytes are taken for image intensities and scaled to 0..1.
+    Bytes are taken for image intensities and scaled to 0..1, in the type that ``params`` have (float32 if they
+    have none): float32 images would make a network compute in float32.
     """
     x = inputs(batch)
     x = x if type(x) is tuple else (x,)
-    return jax.tree.map(lambda a: a / jnp.float32(255) if a.dtype == jnp.uint8 else a, x)
+    types = {p.dtype for p in jax.tree.leaves(params) if jnp.issubdtype(p.dtype, jnp.floating)}
+    kind = jnp.result_type(*types) if types else jnp.float32
+    return jax.tree.map(lambda a: (a / jnp.float32(255)).astype(kind) if a.dtype == jnp.uint8 else a, x)
 
 
 def model(
@@ -49,22 +53,28 @@ def model(
     metrics: Metrics | None = None,
     num_classes: int | None = None,
     init_from: Callable[[jax.Array, PyTree], tuple[PyTree, PyTree]] | None = None,
+    compute_dtype: Any = None,
 ) -> Model:
-    """A Model from a network with state; see :data:`Apply` and :func:`from_functions`."""
+    """A Model from a network with state; see :data:`Apply` and :func:`from_functions`.
+
+    Losses and metrics get outputs in float32 at least, whatever the network computes in.
+    """
     if num_classes is not None:
         checks.positive(num_classes, "num_classes", integer=True)
     measured = {"loss": loss, **(losses.usual_metrics(loss) if metrics is None else metrics)}
 
     def model_loss(params, model_state, batch, mask, key, train):
         outputs, model_state = apply(params, model_state, batch, mask, key, train)
-        return _one_each("loss", loss(outputs, batch), batch), model_state
+        return _one_each("loss", loss(widened(outputs), batch), batch), model_state
 
     def model_metrics(params, model_state, batch):
         # A fixed key: should a network draw numbers in evaluation too, it draws the same each time.
         outputs, _ = apply(params, model_state, batch, None, jax.random.key(0), False)
+        outputs = widened(outputs)
         return {name: _one_each(name, f(outputs, batch), batch) for name, f in measured.items()}
 
-    return Model(init, model_loss, model_metrics, init_from, num_classes)
+    made = Model(init, model_loss, model_metrics, init_from, num_classes)
+    return made if compute_dtype is None else mixed_precision(made, compute_dtype)
 
 
 def from_functions(
@@ -75,6 +85,7 @@ def from_functions(
     metrics: Metrics | None = None,
     num_classes: int | None = None,
     inputs: Callable[[PyTree], PyTree] = features,
+    compute_dtype: Any = None,
 ) -> Model:
     """A Model from two plain functions.
 
@@ -86,12 +97,20 @@ def from_functions(
         By default what suits the loss: accuracy for a classifier.
       num_classes: refuse labels outside ``0..num_classes-1`` before training starts.
       inputs: what of a batch is ``x``; a tuple gives ``apply`` several arguments.
+      compute_dtype: ``jnp.bfloat16`` for :func:`fedjax_lab.models.mixed_precision`; by default as the arrays are.
     """
 
     def stateless(params, model_state, batch, mask, key, train):
-        return apply(params, *arguments(inputs, batch)), model_state
+        return apply(params, *arguments(inputs, batch, params)), model_state
 
-    return model(lambda key: (init(key), ()), stateless, loss=loss, metrics=metrics, num_classes=num_classes)
+    return model(
+        lambda key: (init(key), ()),
+        stateless,
+        loss=loss,
+        metrics=metrics,
+        num_classes=num_classes,
+        compute_dtype=compute_dtype,
+    )
 
 
 def mode_arguments(

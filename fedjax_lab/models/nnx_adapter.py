@@ -27,6 +27,7 @@ def from_nnx(
     trainable: Any = nnx.Param,
     train_argument: str | None = None,
     mask_argument: str | None = "mask",
+    compute_dtype: Any = None,
 ) -> Model:
     """A Model from an NNX module: parameters and state become plain dicts of arrays.
 
@@ -41,7 +42,7 @@ def from_nnx(
         ``deterministic``, ... or ``mask: bool[batch]`` or ``rngs``, it gets these too (see
         :func:`from_flax`).
       trainable: NNX filter of what is trained, for instance ``nnx.LoRAParam``.
-      loss, metrics, num_classes, inputs, train_argument, mask_argument: as for :func:`from_flax`.
+      loss, metrics, num_classes, inputs, train_argument, mask_argument, compute_dtype: as for :func:`from_flax`.
 
     Raises:
       ValueError: neither a module nor a factory of one; an unknown ``train_argument``; while
@@ -72,14 +73,16 @@ def from_nnx(
         state = _filled(state_like, model_state) if stateful else state_like
         net = nnx.merge(graph, _filled(params_like, params), _seeded(random_like, key), state)
         net.train() if train else net.eval()
-        x = functional.arguments(inputs, batch)
+        x = functional.arguments(inputs, batch, params)
         keywords = modes(train, mask, functional.batch_size(x))
         if takes_rngs:
             keywords["rngs"] = nnx.Rngs(jax.random.fold_in(key, 0))
         outputs = net(*x, **keywords)
         return outputs, parts(net)[1] if train else model_state
 
-    return functional.model(init, apply, loss=loss, metrics=metrics, num_classes=num_classes)
+    return functional.model(
+        init, apply, loss=loss, metrics=metrics, num_classes=num_classes, compute_dtype=compute_dtype
+    )
 
 
 def _factory(module: Any) -> Callable[[jax.Array], Any]:
