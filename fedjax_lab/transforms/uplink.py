@@ -97,8 +97,8 @@ def _check(wire: Wire, max_weight: Any, denominators: Any) -> None:
         return
     if max_weight is None:
         raise ValueError(
-            f"{wire.name} must be summed, so clients lift their uploads by their weights before encoding: say how large "
-            'a weight can be, uplink(..., max_weight=1) for weighting="uniform", or a number of examples'
+            f"{wire.name} must be summed, so clients lift their uploads by their weights before encoding: say how "
+            'large a weight can be, uplink(..., max_weight=1) for weighting="uniform", or a number of examples'
         )
     checks.positive(max_weight, "max_weight")
     if denominators is not None:

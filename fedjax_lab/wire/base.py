@@ -57,7 +57,7 @@ def unbounded(norm: Any, like: PyTree) -> None:
 
 
 def not_longer(norm: Any, like: PyTree) -> Any:
-    """The ``bound`` of a link that never lengthens what it is given."""
+    """The ``bound`` or ``gain`` of a link that never lengthens what it is given."""
     return norm
 
 
@@ -79,9 +79,13 @@ class Wire(NamedTuple):
       collective: one payload alone means nothing (a vote, a server-side memory).
       varies: the payload's length depends on the data.
       coded: it sends codes in place of floats, which only links ``on_codes`` can work on.
-      bound: ``(norm or None, like) -> norm or None``: if ``x`` is no longer than this, how long is what is
-        opened. ``None``: unbounded.
-      bind: for links that add noise: ``(norm) -> Wire``, calibrated to what the whole chain lets through.
+      bound: ``(norm or None, like) -> norm or None``: if ``x`` is no longer than this, how long are the floats of
+        the payload; of a ``coded`` one, what it stands for. ``None``: unbounded.
+      gain: ``(norm or None, like) -> norm or None``: if the payload's floats arrive no longer than this, how long
+        is what ``decode`` makes of them.
+      bind: for links that add noise: ``(norm) -> Wire``, calibrated to this norm.
+      bounds_own: for links that add noise: whether it stands for what is encoded (a client's noise), rather than
+        for what arrives (the server's).
       guard: what denominators go through when they are summed with the values; ``None``: they must be fixed.
       links: of a chain.
       name: for messages.
@@ -100,7 +104,9 @@ class Wire(NamedTuple):
     coded: bool = False
     on_codes: bool = False
     bound: Callable[[Any, PyTree], Any] = unbounded
+    gain: Callable[[Any, PyTree], Any] = not_longer
     bind: Callable[[Any], "Wire"] | None = None
+    bounds_own: bool = False
     guard: Any = None
     links: tuple = ()
     name: str = "a link"

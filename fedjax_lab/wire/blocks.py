@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab import checks
-from fedjax_lab.wire.base import Ctx, Like, Wire, as_opened, float_size, identity, is_float, stateless, undo
+from fedjax_lab.wire.base import Ctx, Like, Wire, as_opened, float_size, identity, is_float, not_longer, stateless, undo
 from fedjax_lab.wire.payload import Reader, length, read, serialize
 from fedjax_lab.wire.rotation import in_rows
 from fedjax_lab.wire.vectors import ravel, size_of, unravel
@@ -145,9 +145,15 @@ def _by_part(name: str, choose: Callable[[list[str]], list[int]], links: tuple[W
     def sends(state):
         return tuple(dataclasses.replace(own, state=known[own.link].sends(own.state)) for own in state)
 
-    def bound(norm, like):
-        bounds = [k.bound(norm, s) for k, s in zip(each(like), jax.tree.leaves(like), strict=True) if is_float(s)]
-        return None if any(b is None for b in bounds) else sum(b * b for b in bounds) ** 0.5
+    def all_parts(of: str) -> Callable:
+        """Any part may be as long as all together."""
+
+        def bound(norm, like):
+            parts = zip(each(like), jax.tree.leaves(like), strict=True)
+            bounds = [getattr(link, of)(norm, s) for link, s in parts if is_float(s)]
+            return None if any(b is None for b in bounds) else sum(b * b for b in bounds) ** 0.5
+
+        return not_longer if every(of, not_longer) else bound
 
     every = lambda trait, value: all(getattr(link, trait) is value for link in known)
     some = lambda trait: any(getattr(link, trait) for link in known)
@@ -164,7 +170,8 @@ def _by_part(name: str, choose: Callable[[list[str]], list[int]], links: tuple[W
         collective=some("collective"),
         varies=some("varies"),
         coded=some("coded"),
-        bound=bound,
+        bound=all_parts("bound"),
+        gain=all_parts("gain"),
         guard=next((link.guard for link in known if link.must_sum), None),
         name=name,
     )
@@ -253,10 +260,13 @@ def _by_block(link: Wire, size: int | None, count: int | None) -> Wire:
 
         return init
 
-    def bound(norm, like):
-        blocks, width = shape(float_size(like))
-        one = link.bound(norm, jax.ShapeDtypeStruct((width,), jnp.float32))
-        return None if one is None else one * math.sqrt(blocks)
+    def all_blocks(one: Callable) -> Callable:
+        def bound(norm, like):
+            blocks, width = shape(float_size(like))
+            norm = one(norm, jax.ShapeDtypeStruct((width,), jnp.float32))
+            return None if norm is None else norm * math.sqrt(blocks)
+
+        return not_longer if one is not_longer else bound
 
     return link._replace(
         encode=encode,
@@ -265,7 +275,8 @@ def _by_block(link: Wire, size: int | None, count: int | None) -> Wire:
         init=stateless if link.init is stateless else states(link.init),
         init_client=stateless if link.init_client is stateless else states(link.init_client),
         sends=lambda state: jax.vmap(link.sends)(state) if jax.tree.leaves(state) else state,
-        bound=bound,
+        bound=all_blocks(link.bound),
+        gain=all_blocks(link.gain),
         links=(),
         name=f"grouped({link.name})",
     )

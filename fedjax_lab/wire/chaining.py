@@ -54,13 +54,8 @@ def chain(*links: Wire) -> Wire:
     last = _summed(flat)  # links[:last] are decoded after the sum
 
     def ready(like: PyTree) -> tuple[Wire, ...]:
-        """The links, their noise calibrated to what is opened of such an input."""
-        if not noisy:
-            return flat
-        norm, stages = None, _stages(flat, like)
-        for link, stage in zip(flat, stages, strict=True):
-            norm = link.bound(norm, stage)
-        return tuple(link if link.bind is None else link.bind(norm) for link in flat)
+        """The links, their noise calibrated to what arrives of such an input."""
+        return _calibrated(flat, _stages(flat, like)) if noisy else flat
 
     def part(ctx: Ctx, i: int) -> Ctx:
         return ctx.part(i, ctx.state[i] if ctx.state else ())
@@ -100,6 +95,11 @@ def chain(*links: Wire) -> Wire:
             norm = link.bound(norm, stage)
         return norm
 
+    def gain(norm, like):
+        for link, stage in reversed(list(zip(flat, _stages(flat, like), strict=True))):
+            norm = link.gain(norm, stage)
+        return norm
+
     guards = [link.guard for link in flat if link.must_sum]
     every = lambda name, nothing: all(getattr(link, name) is nothing for link in flat)
     trivial = not noisy_sum and all(link.decode is as_opened for link in flat[:last])
@@ -116,6 +116,7 @@ def chain(*links: Wire) -> Wire:
         varies=flat[-1].varies,
         coded=any(link.coded for link in flat),
         bound=bound,
+        gain=gain,
         guard=None if not guards or any(g is None for g in guards) else chain(*guards),
         links=flat,
         name=f"chain({', '.join(link.name for link in flat)})",
@@ -170,23 +171,49 @@ def _check(links: tuple[Wire, ...]) -> None:
                 f"{link.name} makes payloads whose length depends on the data, which {links[i + 1].name} behind it "
                 "can't work on: put it last"
             )
-    _check_bound(links)
+    # Whether a bound is there does not depend on shapes.
+    _calibrated(links, [jax.ShapeDtypeStruct((1,), jnp.float32)] * len(links))
 
 
-def _check_bound(links: tuple[Wire, ...]) -> None:
-    """Refuse noise where nothing, or not everything, is bounded."""
-    noise = [link.name for link in links if link.bind is not None]
-    if not noise:
-        return
-    one, norm, broken = jax.ShapeDtypeStruct((1,), jnp.float32), None, None
-    for link in links:
-        before, norm = norm, link.bound(norm, one)
-        if before is not None and norm is None:
-            broken = link.name
-    if norm is None and broken is None:
-        raise ValueError(f"{noise[0]} is calibrated to a bound, and this chain has none: put wire.clip(norm) in front")
-    if norm is None:
-        raise ValueError(f"{noise[0]} is calibrated to a bound, which {broken} breaks: put wire.clip(norm) behind it")
+def _calibrated(links: tuple[Wire, ...], stages: list[PyTree]) -> tuple[Wire, ...]:
+    """The links, noise bound to the norm that it must cover. Raises ValueError if there is none."""
+    norm, broken, ready = None, None, []
+    for i, (link, stage) in enumerate(zip(links, stages, strict=True)):
+        if link.bind is not None:
+            covered = _covered(links, stages, i, norm)
+            if covered is None:
+                behind = [] if norm is None else [k.name for k in links[i + 1 :]]
+                _refuse_unbounded(link, broken if norm is None else " or ".join(behind))
+            ready.append(link.bind(covered))
+        else:
+            ready.append(link)
+        before, norm = norm, link.bound(norm, stage)
+        broken = link.name if before is not None and norm is None else broken
+    return tuple(ready)
+
+
+def _covered(links: tuple[Wire, ...], stages: list[PyTree], i: int, norm: Any) -> Any:
+    """How long what the ``i``-th link's noise covers may be, if what it is given is no longer than ``norm``."""
+    arrives, behind = norm, list(zip(links, stages, strict=True))[i + 1 :]
+    for link, stage in behind:
+        arrives = link.bound(arrives, stage)
+    for link, stage in reversed(behind):
+        arrives = link.gain(arrives, stage)
+    if not links[i].bounds_own:
+        return arrives
+    # What follows a client's noise can't undo it: it need not be bounded, nor make the noise smaller.
+    return norm if norm is None or arrives is None else _larger(norm, arrives)
+
+
+def _larger(a: Any, b: Any) -> Any:
+    plain = isinstance(a, int | float) and isinstance(b, int | float)
+    return max(a, b) if plain else jnp.maximum(a, b)
+
+
+def _refuse_unbounded(noise: Wire, broken: str | None) -> None:
+    if broken:
+        raise ValueError(f"{noise.name} is calibrated to a bound, which {broken} breaks: put wire.clip(norm) behind it")
+    raise ValueError(f"{noise.name} is calibrated to a bound, and this chain has none: put wire.clip(norm) in front")
 
 
 def _stages(links: tuple[Wire, ...], like: PyTree) -> list[PyTree]:

@@ -76,7 +76,7 @@ def lloyd_max(bits: int = 1, *, scale: str = "unbiased", block: int | None = Non
     return on_vector("lloyd_max", encode, decode, coded=True, bound=bound)
 
 
-def eden(bits: int = 1, *, scale: str = "unbiased", block: int = BLOCK) -> Wire:
+def eden(bits: int = 1, *, scale: str = "unbiased", block: int = BLOCK, passes: int = 2) -> Wire:
     """EDEN: each client's own random rotation, then Lloyd-Max levels (Vargaftik et al., ICML 2022). Unbiased.
 
     The error's expected square, as a share of the vector's, tends to .5708, .1331, .0358, .0096 for 1 to 4 bits.
@@ -84,20 +84,25 @@ def eden(bits: int = 1, *, scale: str = "unbiased", block: int = BLOCK) -> Wire:
     Args:
       bits, scale: as for :func:`lloyd_max`.
       block: as for :func:`hadamard`; each block has a scale of its own.
+      passes: randomized Hadamard transforms, one behind the other. No bias holds exactly for a uniformly random
+        rotation. With the single pass that the paper computes with, a vector of two entries among 512 zeros came
+        back half too short at 1 bit; with two the bias was 0.2% of its length.
     """
     check_block(block)
-    link = chain(hadamard(block), lloyd_max(bits, scale=scale, block=block))
+    checks.positive(passes, "passes", integer=True)
+    link = chain(*[hadamard(block)] * passes, lloyd_max(bits, scale=scale, block=block))
     return own_seed(link)._replace(name="eden")
 
 
-def drive(*, unbiased: bool = True, block: int = BLOCK) -> Wire:
+def drive(*, unbiased: bool = True, block: int = BLOCK, passes: int = 2) -> Wire:
     """DRIVE: each client's own random rotation, then signs (Vargaftik et al., NeurIPS 2021, algorithm 1).
 
     Args:
       unbiased: scale to no bias, with an error of pi/2 - 1; otherwise to the smallest error, 1 - 2/pi.
-      block: as for :func:`hadamard`.
+      block, passes: as for :func:`eden`.
     """
-    return eden(1, scale="unbiased" if unbiased else "least_squares", block=block)._replace(name="drive")
+    scale = "unbiased" if unbiased else "least_squares"
+    return eden(1, scale=scale, block=block, passes=passes)._replace(name="drive")
 
 
 @functools.cache

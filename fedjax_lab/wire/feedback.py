@@ -97,6 +97,7 @@ def _ef21(link: Wire) -> Wire:
         varies=link.varies,
         coded=link.coded,
         bound=unbounded,
+        gain=unbounded,
         name=f"error_feedback({link.name}, 'ef21')",
     )
 

@@ -54,7 +54,7 @@ def fixed_point(
             raise ValueError(f"fixed_point was made for sums of {clients} clients, and the cohort has {cohort}")
         vector, rest, like = ravel(x)
         scaled = vector / step
-        level = hashing.stochastic_floor(scaled, hashing.seed_of(ctx.private)) if stochastic else jnp.round(scaled)
+        level = hashing.rounded(scaled, hashing.seed_of(ctx.private) if stochastic else None)
         fits = jnp.all(jnp.abs(vector) <= limit)  # NaN doesn't
         level = jnp.clip(jnp.nan_to_num(level), -top, top).astype(jnp.int32)
         payload = Vector(pack(level.astype(jnp.uint32) & _mask(bits), bits), rest, like)

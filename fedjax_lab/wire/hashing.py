@@ -42,6 +42,6 @@ def buckets(seed: jax.Array, size: int, count: int) -> jax.Array:
     return (high % jnp.uint32(count)).astype(jnp.int32)
 
 
-def stochastic_floor(x: jax.Array, seed: jax.Array) -> jax.Array:
-    """``x`` rounded down or up to an integer, unbiased; ``float[n]``."""
-    return jnp.floor(x + uniform(seed, x.shape[0]))
+def rounded(x: jax.Array, seed: jax.Array | None) -> jax.Array:
+    """``x`` rounded down or up at random, unbiased, or without a seed to the nearest integer; ``float[n]``."""
+    return jnp.round(x) if seed is None else jnp.floor(x + uniform(seed, x.shape[0]))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lab import checks
-from fedjax_lab.wire.base import Like, Wire, is_float, not_longer, wide
+from fedjax_lab.wire.base import Like, Wire, is_float, not_longer, unbounded, wide
 from fedjax_lab.wire.payload import Reader, length, little
 
 PyTree = Any
@@ -54,7 +54,7 @@ def low_rank(rank: int, *, iterations: int | None = None) -> Wire:
         u, s, vt = jnp.linalg.svd(_times(basis.T, matrix), full_matrices=False)
         return _times(basis, u[:, :rank]) * s[None, :rank], vt[:rank].T
 
-    return _factoring("low_rank", rank, factors, not_longer)
+    return _factoring("low_rank", rank, factors)
 
 
 def factorize(rank: int, *, sweeps: int = 10, ridge: float = 1e-6) -> Wire:
@@ -89,10 +89,10 @@ def factorize(rank: int, *, sweeps: int = 10, ridge: float = 1e-6) -> Wire:
             a = solve(matrix, b)
         return a, b
 
-    return _factoring("factorize", rank, factors, not_longer)
+    return _factoring("factorize", rank, factors)
 
 
-def _factoring(name: str, rank: Any, factors: Callable, bound: Callable) -> Wire:
+def _factoring(name: str, rank: Any, factors: Callable) -> Wire:
     checks.positive(rank, "rank", integer=True)
 
     def encode(x, state, ctx):
@@ -112,7 +112,8 @@ def _factoring(name: str, rank: Any, factors: Callable, bound: Callable) -> Wire
         structure: Any = payload.like.structure
         return jax.tree.unflatten(structure, out)
 
-    return Wire(encode, open_, bound=bound, name=name)
+    # Of two factors only the product is bounded.
+    return Wire(encode, open_, bound=unbounded, name=name)
 
 
 # ---- PowerSGD ----

@@ -40,9 +40,9 @@ def clip(max_norm: Any) -> Wire:
 def gaussian(noise_multiplier: Any, *, by: str = "server", shares: int | None = None) -> Wire:
     """Gaussian noise with a standard deviation of ``noise_multiplier`` times the chain's bound.
 
-    The bound is of what the server opens of one client, after every link of the chain; a chain that bounds
-    nothing is refused. Denominators of the mean must be fixed then, unless each client's noise covers its own
-    upload.
+    The bound is of what arrives of one client where the noise is added, after every link of the chain; a client's
+    noise also covers what it is added to. A chain that bounds nothing is refused. Denominators of the mean must be
+    fixed, unless each client's noise covers its own upload.
 
     Args:
       noise_multiplier: z, at least 0.
@@ -87,6 +87,7 @@ def _noise(multiplier: Any, by: str, shares: int | None, norm: Any) -> Wire:
         "summable": True,
         "must_sum": by == "server" or shares is not None,
         "bound": not_longer,
+        "bounds_own": by == "client",
         "bind": lambda norm: _noise(multiplier, by, shares, norm),
         "name": "gaussian",
     }

@@ -36,10 +36,7 @@ def quantize(bits: int = 8, *, stochastic: bool = False) -> Wire:
     def encode(vector, ctx):
         low, high = jnp.min(vector), jnp.max(vector)
         scaled = (vector - low) * (top / jnp.where(high > low, high - low, 1))
-        if stochastic:
-            level = hashing.stochastic_floor(scaled, hashing.seed_of(ctx.private))
-        else:
-            level = jnp.round(scaled)
+        level = hashing.rounded(scaled, hashing.seed_of(ctx.private) if stochastic else None)
         return {"codes": pack(_codes(level, top), bits), "range": jnp.stack([low, high])}
 
     def decode(code, ctx, size):
@@ -78,7 +75,7 @@ def qsgd(bits: int = 8, *, levels: int | None = None, norm: str = "l2") -> Wire:
     def encode(vector, ctx):
         size = jnp.linalg.norm(vector) if norm == "l2" else jnp.max(jnp.abs(vector))
         share = jnp.abs(vector) * (s / jnp.where(size > 0, size, 1))
-        level = hashing.stochastic_floor(share, hashing.seed_of(ctx.private))
+        level = hashing.rounded(share, hashing.seed_of(ctx.private))
         codes = _codes(s + jnp.sign(vector) * jnp.minimum(level, s), 2 * s)
         return {"codes": pack(codes, bits, zero=s), "norm": size}
 

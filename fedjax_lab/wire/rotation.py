@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lab import checks
+from fedjax_lab import checks, shuffle
 from fedjax_lab.wire import hashing
 from fedjax_lab.wire.base import Wire, not_longer
 from fedjax_lab.wire.vectors import on_vector
@@ -44,18 +44,18 @@ def hadamard(block: int = BLOCK) -> Wire:
     return on_vector("hadamard", encode, decode, summable=True, bound=not_longer)
 
 
-def kashin(redundancy: float = 1.25, *, block: int = BLOCK, iterations: int = 6, eta: float = 0.9) -> Wire:
+def kashin(redundancy: float = 1.25, *, block: int = BLOCK, iterations: int = 6) -> Wire:
     """Kashin's representation: more coefficients than entries, none of them large.
 
-    A random orthonormal frame of a rotated vector, whose large coefficients are cut and spread again over the
-    others (Lyubarskii and Vershynin, "Uncertainty principles and vector quantization", 2010, section 3.2;
-    Safaryan et al. 2020). Decoding is linear, so that payloads can be summed. Quantize behind it.
+    Coefficients in a random orthonormal frame, of which the large ones are cut and what they stood for is spread
+    again over all (Lyubarskii and Vershynin, "Uncertainty principles and vector quantization", 2010, section 3.2;
+    Safaryan et al. 2020). The limit is what an even spread of the rest would have, where the paper lets it fall
+    at a fixed rate. Decoding is linear, so that payloads can be summed. Quantize behind it.
 
     Args:
       redundancy: coefficients for each entry, above 1.
       block: as for :func:`hadamard`.
       iterations: how often large coefficients are cut.
-      eta: by what factor the limit falls with each, between 0 and 1.
 
     Raises:
       ValueError: arguments out of their range.
@@ -63,7 +63,6 @@ def kashin(redundancy: float = 1.25, *, block: int = BLOCK, iterations: int = 6,
     check_block(block)
     checks.positive(redundancy, "redundancy")
     checks.positive(iterations, "iterations", integer=True)
-    checks.probability(eta, "eta")
     if redundancy <= 1:
         raise ValueError(f"redundancy must be above 1, more coefficients than entries; got {redundancy!r}")
 
@@ -72,25 +71,33 @@ def kashin(redundancy: float = 1.25, *, block: int = BLOCK, iterations: int = 6,
         width = block_of(math.ceil(size * redundancy), block)
         return width, max(int(width / redundancy), 1)
 
+    # Entries take random places in a block: side by side, coefficients would come in equal pairs that can't help
+    # each other out.
+    def places(ctx, width, entries):
+        return shuffle.permute(jnp.arange(entries), width, hashing.seed_of(ctx.public, 1))
+
     def frame(rows, width, ctx):
         """Coefficients ``[blocks, width]`` of ``[blocks, entries]``: an isometry."""
-        return transform(jnp.pad(rows, ((0, 0), (0, width - rows.shape[1]))) * _signs(ctx, (rows.shape[0], width)))
+        wide = jnp.zeros((rows.shape[0], width), rows.dtype)
+        wide = wide.at[:, places(ctx, width, rows.shape[1])].set(rows, unique_indices=True)
+        return transform(wide * _signs(ctx, wide.shape))
 
     def back(coefficients, entries, ctx):
-        return (transform(coefficients) * _signs(ctx, coefficients.shape))[:, :entries]
+        entries_of = transform(coefficients) * _signs(ctx, coefficients.shape)
+        return entries_of[:, places(ctx, coefficients.shape[1], entries)]
 
     def encode(vector, ctx):
         width, entries = sizes(vector.shape[0])
         rest = in_rows(vector, entries)
-        limit = jnp.linalg.norm(rest, axis=1, keepdims=True) / math.sqrt(width)
 
         def step(i, carry):
-            total, rest, limit = carry
+            total, rest = carry
+            limit = jnp.linalg.norm(rest, axis=1, keepdims=True) / math.sqrt(width)
             cut = jnp.clip(frame(rest, width, ctx), -limit, limit)
-            return total + cut, rest - back(cut, entries, ctx), limit * eta
+            return total + cut, rest - back(cut, entries, ctx)
 
-        start = (jnp.zeros((rest.shape[0], width), rest.dtype), rest, limit)
-        total, rest, _ = jax.lax.fori_loop(0, iterations, step, start)
+        start = (jnp.zeros((rest.shape[0], width), rest.dtype), rest)
+        total, rest = jax.lax.fori_loop(0, iterations, step, start)
         # What is still left goes uncut, so that nothing is lost.
         return (total + frame(rest, width, ctx)).reshape(-1)
 
@@ -164,7 +171,7 @@ def in_rows(vector: jax.Array, width: int) -> jax.Array:
     return (jnp.concatenate([vector, jnp.zeros(pad, vector.dtype)]) if pad else vector).reshape(-1, width)
 
 
-def _signs(ctx, shape: tuple[int, int]) -> jax.Array:
+def _signs(ctx, shape: tuple[int, ...]) -> jax.Array:
     return hashing.signs(hashing.seed_of(ctx.public), shape[0] * shape[1]).reshape(shape)
 
 

@@ -40,5 +40,6 @@ def own_seed(link: Wire) -> Wire:
         varies=link.varies,
         coded=link.coded,
         bound=link.bound,
+        gain=link.gain,
         name=f"own_seed({link.name})",
     )

@@ -92,7 +92,7 @@ def _bracket(magnitude: jax.Array, count: int) -> tuple[jax.Array, jax.Array, ja
 
     # at_low >= count > at_high, until they meet or exactly count entries are found to reach `low`.
     def unfinished(carry):
-        low, high, at_low, at_high, turn = carry
+        low, high, at_low, _, _ = carry
         return (high - low > 1) & (at_low != count)
 
     def step(carry):

@@ -56,8 +56,8 @@ def majority_vote(scale: Any) -> Wire:
         # Nobody present, or a tie: no step.
         return unravel(jnp.sign(total.code[:size]) * scale, total.rest, total.like), ctx.state
 
-    bound = lambda norm, like: math.sqrt(float_size(like))
-    return Wire(inner.encode, open_, decode, collective=True, coded=True, bound=bound, name="majority_vote")
+    step = lambda norm, like: scale * math.sqrt(float_size(like))
+    return Wire(inner.encode, open_, decode, collective=True, coded=True, bound=step, name="majority_vote")
 
 
 def one_bit() -> Wire:

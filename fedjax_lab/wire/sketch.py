@@ -1,5 +1,6 @@
 """Sketches: summable summaries of fixed size, from shared hashes of the positions."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.wire import hashing
-from fedjax_lab.wire.base import Like, Wire, float_size
+from fedjax_lab.wire.base import Like, Wire, float_size, unbounded
 from fedjax_lab.wire.selecting import largest_mask, positions
 from fedjax_lab.wire.sparsify import amount, check_amount
 from fedjax_lab.wire.vectors import Vector, on_vector, size_of, unravel
@@ -65,7 +66,9 @@ def count_sketch(rows: int = 5, *, width: Any) -> Wire:
         # A row is no longer than |x|_1.
         return None if norm is None else norm * (rows * float_size(like)) ** 0.5
 
-    return on_vector("count_sketch", encode, decode, summable=True, bound=bound)
+    # Every entry may read the largest bucket.
+    gain = lambda norm, like: None if norm is None else norm * float_size(like) ** 0.5
+    return on_vector("count_sketch", encode, decode, summable=True, bound=bound, gain=gain)
 
 
 def count_mean_sketch(rows: int = 5, *, width: Any) -> Wire:
@@ -83,14 +86,14 @@ def count_mean_sketch(rows: int = 5, *, width: Any) -> Wire:
 
     def decode(table, ctx, size):
         buckets = table.shape[1]
-        mean = sum(_Hashes(ctx.public, buckets, False).read(table, size)) / rows
+        mean = functools.reduce(jnp.add, _Hashes(ctx.public, buckets, False).read(table, size)) / rows
         others = jnp.sum(table) / rows  # the sum of all entries
         return mean if buckets == 1 else (mean - others / buckets) * (buckets / (buckets - 1))
 
     def bound(norm, like):
         return None if norm is None else norm * (rows * float_size(like)) ** 0.5
 
-    return on_vector("count_mean_sketch", encode, decode, summable=True, bound=bound)
+    return on_vector("count_mean_sketch", encode, decode, summable=True, bound=bound, gain=unbounded)
 
 
 class SketchMemory(NamedTuple):
@@ -154,6 +157,7 @@ def fetch_sgd(rows: int = 5, *, width: Any, k: Any, momentum: Any = 0.9) -> Wire
         sends=lambda state: (),
         collective=True,
         bound=lambda norm, like: None if norm is None else norm * (rows * float_size(like)) ** 0.5,
+        gain=unbounded,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjax_lab import checks, shuffle
 from fedjax_lab.wire import hashing
-from fedjax_lab.wire.base import Wire, identity, not_longer
+from fedjax_lab.wire.base import Wire, float_size, identity, not_longer
 from fedjax_lab.wire.payload import Reader, little
 from fedjax_lab.wire.seeds import own_seed
 from fedjax_lab.wire.selecting import as_bitmap, index_bits, largest
@@ -35,7 +35,10 @@ def top_k(k: Any) -> Wire:
     def encode(vector, ctx):
         size = vector.shape[0]
         count = amount(k, size, "top_k")
-        return {"values": vector} if count == size else dict(zip(("values", "where"), largest(vector, count)))
+        if count == size:
+            return {"values": vector}
+        values, where = largest(vector, count)
+        return {"values": values, "where": where}
 
     def decode(code, ctx, size):
         return code["where"].scatter(code["values"]) if "where" in code else code["values"]
@@ -71,7 +74,11 @@ def random_k(k: Any, *, unbiased: bool = True) -> Wire:
         scale = size / values.shape[0] if unbiased else 1.0
         return jnp.zeros(size, values.dtype).at[where(ctx, size)].set(values * scale, unique_indices=True)
 
-    return on_vector("random_k", encode, decode, summable=True, bound=not_longer)
+    def gain(norm, like):
+        size = float_size(like)
+        return norm if norm is None or not unbiased else norm * size / amount(k, size, "random_k")
+
+    return on_vector("random_k", encode, decode, summable=True, bound=not_longer, gain=gain)
 
 
 def rand_mask(k: Any, *, unbiased: bool = True) -> Wire:
@@ -80,7 +87,7 @@ def rand_mask(k: Any, *, unbiased: bool = True) -> Wire:
     Args:
       k, unbiased: as for :func:`random_k`.
     """
-    return own_seed(random_k(k, unbiased=unbiased))._replace(name="rand_mask", bound=not_longer)
+    return own_seed(random_k(k, unbiased=unbiased))._replace(name="rand_mask")
 
 
 @jax.tree_util.register_dataclass
@@ -151,7 +158,7 @@ def amount(k: Any, size: int, name: str) -> int:
       ValueError: it is more than there are.
     """
     if not isinstance(k, float | np.floating):
-        if k > size:
+        if k > max(size, 1):
             raise ValueError(f"{name} was asked for {k} entries, but what it encodes has {size}")
         return int(k)
     return max(round(k * size), 1)
