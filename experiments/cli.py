@@ -4,6 +4,7 @@ Exit codes: 0, all well; 1, a published figure was not met; 2, something in the 
 says what); 130, interrupted.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -18,7 +19,7 @@ import jax
 import tyro
 
 from experiments import common, registry
-from fedjax_lab import checkpoint, checks
+from fedjax_lab import checkpoint, checks, devices, hosts
 
 PROGRAM = "python -m experiments"
 USAGE = f"""usage: {PROGRAM} list
@@ -40,6 +41,14 @@ class RunOptions:
     """Start from tiny settings, which take seconds and only show that everything works."""
     cache: bool = True
     """Whether compiled programs are kept for the next run, in the user's cache folder."""
+    devices: int | None = None
+    """Devices that share the clients of a cohort; by default all there are, the cores of a CPU counted as devices."""
+    coordinator: str | None = None
+    """host:port of process 0, if several processes run together; "cluster" if its environment says it."""
+    num_processes: int | None = None
+    """How many processes run together."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
     debug: bool = False
     """Show the whole traceback of an error."""
 
@@ -56,6 +65,8 @@ class ReproduceOptions:
     """Tiny settings. Figures that can't be met with them are listed as skipped."""
     data_dir: str | None = None
     """Folder with the data sets, such as mnist/; by default FEDJAX_LAB_DATA."""
+    devices: int | None = None
+    """Devices that share the clients of a cohort; by default all there are, the cores of a CPU counted as devices."""
     cache: bool = True
     """Whether compiled programs are kept for the next run, in the user's cache folder."""
     debug: bool = False
@@ -116,6 +127,9 @@ def _run(argv: list[str]) -> int:
     name, module = argv[0], registry.get(argv[0], known)
     config, options = _settings(name, module, argv[1:])
     _set_up(options.cache)
+    _choose_devices(options.devices)
+    if options.coordinator is not None or options.num_processes is not None or options.process_id is not None:
+        _join(options)
     summary = execute(name, module, config, options.out or common.new_folder(name))
     return int(any(not check["ok"] for check in summary["checks"]))
 
@@ -150,6 +164,8 @@ def execute(name: str, module: ModuleType, config: Any, out: Path) -> dict[str, 
         print(f"interrupted: the same command with --out {out} goes on where it was", file=sys.stderr)
         raise
     summary = {"experiment": name, **found, "seconds": round(time.monotonic() - begin, 2)}
+    if not hosts.leads():
+        return summary
     checkpoint.write_json(out / "summary.json", summary)
     print(f"report: {out / 'report.md'}   pictures: {', '.join(p.name for p in sorted(out.glob('*.png')))}")
     return summary
@@ -166,6 +182,7 @@ def _reproduce(argv: list[str]) -> int:
             raise WrongUsage(f"{name} reproduces no published figures; see: {PROGRAM} run {name} --help")
         registry.get(name, known)
     _set_up(options.cache)
+    _choose_devices(options.devices)
     names = list(dict.fromkeys(options.names or known))
     summaries, failed = {}, []
     for name in names:
@@ -201,6 +218,25 @@ def _show_checks(summaries: dict[str, dict[str, Any]]) -> bool:
 
 
 # ---- the process ----
+
+
+def _choose_devices(count: int | None) -> None:
+    """A CPU's cores as devices of their own, as far as JAX doesn't run yet."""
+    if count is not None:
+        checks.positive(count, "devices", integer=True)
+    common.DEVICES = count
+    with contextlib.suppress(RuntimeError):
+        devices.use_cores(count)
+
+
+def _join(options: RunOptions) -> None:
+    """Join the other processes of the run, which share its folder."""
+    if options.out is None:
+        raise ValueError("several processes need a folder that all of them see: --out FOLDER")
+    if options.coordinator == "cluster":
+        hosts.connect()
+    else:
+        hosts.connect(options.coordinator, options.num_processes, options.process_id)
 
 
 def _set_up(cache: bool) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 import fedjax_lab as fl
-from fedjax_lab import run_folder
+from fedjax_lab import devices, hosts, run_folder
 
 # Where data lie is no part of what an experiment computes.
 _NOT_COMPARED = ("data_dir",)
@@ -110,6 +111,8 @@ def open_folder(out: Path, name: str, config: Any) -> Path:
       ValueError: it holds another experiment, other settings (the first that differs is named), or files
         of something else.
     """
+    if not hosts.leads():
+        return out
     if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise ValueError(f"{out} holds other files and no experiment; give a new folder (--out)")
     settings = {n: v for n, v in dataclasses.asdict(config).items() if n not in _NOT_COMPARED}
@@ -168,12 +171,28 @@ def run_all(
     return {name: results[name] for name in trainings}
 
 
+DEVICES: int | None = None  # how many the command was told to use; None: all
+
+
+def mesh(cohort: int) -> Mesh | None:
+    """The devices that a cohort is shared out among: those of all processes, or as many as it can fill.
+
+    Not for trainings that run side by side: their devices would wait for one another.
+    """
+    if hosts.several():
+        return devices.mesh()
+    count = min(DEVICES or jax.device_count(), cohort)
+    return devices.mesh(count) if count > 1 else None
+
+
 def default_workers() -> int:
     """How many small trainings are worth running side by side: one for each core, up to 4."""
     return min(os.cpu_count() or 1, 4) if jax.default_backend() == "cpu" else 1
 
 
 def _write_metrics(path: Path, results: Mapping[str, fl.Result]) -> None:
+    if not hosts.leads():
+        return
     whole = path.with_suffix(".jsonl.part")
     with whole.open("w") as file:
         for name, result in results.items():
@@ -192,11 +211,14 @@ def at(result: fl.Result, name: str, round: int | None = None) -> float:
 
 def save(figure: Any, path: Path) -> None:
     """Write a picture as PNG."""
-    figure.savefig(path, dpi=120)
+    if hosts.leads():
+        figure.savefig(path, dpi=120)
 
 
 def write_report(out: Path, title: str, sections: Mapping[str, str]) -> None:
     """Write ``report.md``: a title, and a heading and text for each section."""
+    if not hosts.leads():
+        return
     body = "".join(f"\n## {heading}\n\n{text.strip()}\n" for heading, text in sections.items())
     (out / "report.md").write_text(f"# {title}\n{body}")
 

@@ -91,11 +91,11 @@ def build(config: Config, data: fl.Split) -> dict[str, fl.Process]:
     """A process for each method."""
     model, optimizer = fl.models.mlp(10), optax.sgd(config.learning_rate)
     work: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size}
-    together = fl.uniform(config.cohort_size)
+    together, mesh = fl.uniform(config.cohort_size), common.mesh(config.cohort_size)
     return {
-        FEDAVG: fl.synchronous(fedavg(model, optimizer, **work), data.train, together),
-        FEDPROX: fl.synchronous(fedprox(model, optimizer, mu=config.mu, **work), data.train, together),
-        LOCAL: fl.synchronous(local_only(model, optimizer, **work), data.train, fl.everyone()),
+        FEDAVG: fl.synchronous(fedavg(model, optimizer, **work), data.train, together, mesh=mesh),
+        FEDPROX: fl.synchronous(fedprox(model, optimizer, mu=config.mu, **work), data.train, together, mesh=mesh),
+        LOCAL: fl.synchronous(local_only(model, optimizer, **work), data.train, fl.everyone(), mesh=mesh),
     }
 
 

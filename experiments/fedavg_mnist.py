@@ -160,7 +160,7 @@ def training(
     def start(folder, stop):
         data = load(cell.partition, seed)
         algorithm = fedavg(fl.models.two_nn(), optax.sgd(rate), epochs=1, batch_size=batch)
-        process = fl.synchronous(algorithm, data.train, fl.uniform(clients))
+        process = fl.synchronous(algorithm, data.train, fl.uniform(clients), mesh=common.mesh(clients))
         limit = min(rounds_allowed(config, cell), math.ceil(best.get((cell, seed), 1e9)))
         result = fl.run(
             process, limit, seed, evaluate=fl.global_metrics(data.test), out=folder,

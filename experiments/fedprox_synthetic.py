@@ -116,7 +116,7 @@ def build(config: Config, method: str, stragglers: float, data: fl.FederatedData
     else:
         epochs = fl.partial_work(config.epochs, stragglers) if stragglers else config.epochs
         algorithm = fedprox(model, optimizer, mu=0.0 if method.endswith("=0") else config.mu, epochs=epochs, **work)
-    return fl.synchronous(algorithm, data, sampler, lanes=min(5, config.cohort_size))
+    return fl.synchronous(algorithm, data, sampler)
 
 
 def training(config: Config, cell: Cell, process: fl.Process, data: Any, measure: Measure) -> common.Training:

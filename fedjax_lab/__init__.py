@@ -13,7 +13,7 @@ from fedjax_lab.evaluation import (
     per_client,
     per_client_accuracy,
 )
-from fedjax_lab.gradients import client_gradient, forget_recorded, mean_recorded, recording
+from fedjax_lab.gradients import client_gradient, forget_recorded, mean_recorded, plain_rate, recording
 from fedjax_lab.local import (
     ClientOptimizer,
     Work,

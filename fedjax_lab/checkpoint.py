@@ -228,7 +228,14 @@ def _read_leaves(path: Path, descriptions: list[dict]) -> list[Leaf]:
 def _orbax():
     import orbax.checkpoint as ocp
 
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    # Alone also where there are several processes: it would wait for the others, which write nothing.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
+    )
 
 
 def _file_name(index: int, leaf: Leaf) -> str:

@@ -58,6 +58,8 @@ def use_cores(count: int | None = None) -> int:
             "call use_cores() before anything else of JAX runs: its devices are chosen already"
         ) from error
     _enough_threads(count)
+    if count > 1:  # a dispatch that waits for another's results may hold a thread too
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
     return count
 
 

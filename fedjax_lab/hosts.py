@@ -5,8 +5,9 @@ its devices; the process with index 0 leads: it alone writes the run's folder, a
 key press is its decision.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_lab import checks
 
 PyTree = Any
+PATIENCE = 20  # seconds without a sign of life, after which the runtime ends the other processes with an error
 
 
 class LostProcess(RuntimeError):
@@ -48,7 +50,7 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
         if not 0 <= int(process_id or 0) < int(num_processes or 0):
             raise ValueError(f"process_id must lie in 0..{int(num_processes or 0) - 1}; got {process_id}")
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RuntimeError(
             f"the processes could not be joined ({error}). Call this before anything else of JAX runs, in every one of "
@@ -78,6 +80,15 @@ def from_leader(tree: PyTree) -> PyTree:
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree)) if several() else tree
 
 
+def text_from_leader(text: str) -> str:
+    """The leading process's text, on all."""
+    if not several():
+        return text
+    mine = np.frombuffer(text.encode(), np.uint8)
+    length = int(from_leader(np.int32(len(mine))))
+    return from_leader(np.resize(mine, length) if len(mine) else np.zeros(length, np.uint8)).tobytes().decode()
+
+
 def agree(what: dict[str, Any]) -> None:
     """Check that all processes were started alike.
 
@@ -100,6 +111,25 @@ def agree(what: dict[str, Any]) -> None:
             + ", ".join(f"{name} {checks.shown(what[name])}" for name in differ)
             + ")"
         )
+
+
+@contextlib.contextmanager
+def lost_ones_named(folder: Any) -> Iterator[None]:
+    """Say what happened, and what to do, when a sum over the processes can't be had any more.
+
+    Raises:
+      LostProcess: in place of the runtime's own error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not several():
+            raise
+        again = f"start all processes again with the same call: the run goes on from its last checkpoint in {folder}"
+        raise LostProcess(
+            f"process {jax.process_index()} of {jax.process_count()} lost another process of this run: it died or "
+            "can't be reached; " + (again if folder else "nothing is saved, since the run has no folder (out=...)")
+        ) from error
 
 
 def whole(array: jax.Array) -> np.ndarray:

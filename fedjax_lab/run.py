@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from fedjax_lab import checks, run_folder
+from fedjax_lab import checks, hosts, run_folder, shared_folder
 from fedjax_lab.callbacks import Callback
 from fedjax_lab.process import Process
 from fedjax_lab.progress import progress as show_progress
@@ -86,26 +86,33 @@ def run(
     _check(process, evaluate, resume, checkpoint_every, params)
     callbacks = _callbacks(callbacks)
     folder, config = None if out is None else Path(out), run_folder.plain_config(config)
-    if folder is not None:
+    settings = {"num_rounds": num_rounds, "every": every, "seed": seed, "out": str(out), "config": config}
+    hosts.agree(settings | {"callbacks": len(callbacks), "an evaluation": evaluate is not None})
+    if folder is not None and hosts.leads():
         run_folder.prepare(folder, resume, config)
     clock = Clock()
     with contextlib.ExitStack() as stack:
         start = run_folder.Start(own_copy(process.init(jax.random.key(seed), params)))
         disk = run_folder.NO_FOLDER
         if folder is not None:
-            stack.enter_context(run_folder.locked(folder))
             setup = {"setup": run_folder.setup(process, seed, params), "config": config}
-            disk, start = run_folder.open_folder(folder, process, start.state, setup, resume, every, checkpoint_every)
+            disk, start = shared_folder.open_folder(
+                stack, folder, process, start.state, setup, resume, every, checkpoint_every
+            )
         if start.done > num_rounds:
             raise ValueError(
                 f"{folder} holds a run of {start.done} rounds already, more than num_rounds={num_rounds}: "
                 "ask for at least as many, or use another folder (out=...)"
             )
         clock.compiling = clock.elapsed()
+        if not hosts.leads():  # they write, and what they answer is asked of the leading process
+            callbacks = (lambda info: None,) * len(callbacks)
         for callback in callbacks:
             stack.callback(getattr(callback, "close", lambda: None))
-        interrupted = stack.enter_context(_interruptible())
-        update = stack.enter_context(show_progress(num_rounds, start.done, progress))
+        interrupted = hosts.decided(stack.enter_context(_interruptible()))
+        shown = progress if hosts.leads() else False
+        update = stack.enter_context(show_progress(num_rounds, start.done, shown))
+        stack.enter_context(hosts.lost_ones_named(folder))
         session = Session(process, start, disk, clock)
         stopped = run_rounds(session, num_rounds, every, evaluate, callbacks, interrupted, update)
         result = session.result(stopped)

@@ -189,16 +189,15 @@ class Start(NamedTuple):
 
 def open_folder(
     folder: Path,
-    process: Process,
     state: PyTree,
     setup: dict[str, Any],
     resume: bool | str,
     every: int,
     checkpoint_every: float,
+    program: dict[str, str],
 ) -> tuple[Disk, Start]:
     """Go on in a run folder, or begin in it. Raises ValueError if it holds another run."""
     journal, store = Journal(folder / "metrics.jsonl"), folder / "checkpoints"
-    program = program_digest(process.step, state, process.data)
     checkpoint.clean(store)
 
     def same_setup(extra):

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_lab import run_folder
+from fedjax_lab import hosts, run_folder
 from fedjax_lab.callbacks import Callback, Info
 from fedjax_lab.process import Process
 from fedjax_lab.progress import headline
@@ -74,8 +74,14 @@ class Session:
 
     def ask(self, callbacks: Sequence[Callback]) -> str:
         """Why a callback wants to end the run; nothing if none does."""
-        if not self.records:
+        if not callbacks or not (self.records or hosts.several()):
             return ""
+        answer = self._answer(callbacks) if self.records else ""
+        if not hosts.decided(lambda: bool(answer))():
+            return ""
+        return answer or "stopped by the leading process"
+
+    def _answer(self, callbacks: Sequence[Callback]) -> str:
         info = Info(self.done, self.records[-1], self.records, self.state, self.process, self.begun)
         answers = [(callback, callback(info)) for callback in callbacks]
         for callback, answer in answers:

@@ -1,5 +1,6 @@
 """The synchronous schedule: in every round a cohort trains from the same server state."""
 
+import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_lab import checks, devices
+from fedjax_lab import checks, devices, hosts
 from fedjax_lab.cohort import Answers, count_bytes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
@@ -75,11 +76,11 @@ def synchronous(
     sampler.init(data)
     jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
     mesh, count = devices.checked(mesh), 1
+    _check_alike(data, lanes, mesh)
     sizes, (data, specs, apart) = np.asarray(data.sizes), placed(data, mesh)
     if mesh is not None:
         count = mesh.shape[devices.AXIS]
-    if lanes is not None:
-        checks.positive(lanes, "lanes", integer=True)
+    _check_room(sampler, data, lanes, count)
 
     def start(key, data, params):
         server_key, run_key = jax.random.split(key)
@@ -118,6 +119,38 @@ def synchronous(
         params=lambda state: variables(state).params if lens else state.server,
         variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
     )  # fmt: skip
+
+
+def _check_alike(data: FederatedData, lanes: int | None, mesh: Mesh | None) -> None:
+    """Refuse processes of one run that were given different populations."""
+    if not hosts.several():
+        return
+    if mesh is None or mesh.size != jax.device_count():
+        raise ValueError("several processes need a mesh over all of their devices: mesh=fl.devices.mesh()")
+    fields = [(n, str(a.dtype), a.shape) for n, a in checks.named_leaves(data.arrays)]
+    sizes = hashlib.sha256(np.asarray(data.sizes).tobytes()).hexdigest()[:16]
+    hosts.agree({"lanes": lanes, "clients": data.num_clients, "the data's fields": fields, "the clients' sizes": sizes})
+
+
+def _check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: int) -> None:
+    """Refuse lanes or devices that a cohort can't fill."""
+    if lanes is not None:
+        checks.positive(lanes, "lanes", integer=True)
+    probe: Any = lambda ids: jnp.zeros(ids.shape)
+    key, state = jax.random.key(0), jax.eval_shape(sampler.init, data)
+    ids, _, _ = jax.eval_shape(lambda s, d: sampler.sample(s, key, d, probe), state, data)
+    cohort = ids.shape[0]
+    if count > cohort:
+        raise ValueError(
+            f"a cohort of {cohort} clients can't be shared out among {count} devices: use a larger cohort, or "
+            f"mesh=fl.devices.mesh({cohort})"
+        )
+    if lanes is not None and lanes * count > cohort:
+        each = max(cohort // count, 1)
+        raise ValueError(
+            f"lanes={lanes} on {count} device{'s' * (count > 1)} are more than a cohort's {cohort} clients: use at "
+            f"most lanes={each}, or leave lanes to the engine"
+        )
 
 
 def _compiled(start, step, data: FederatedData, mesh: Mesh | None):

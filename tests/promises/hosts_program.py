@@ -12,10 +12,10 @@ if __name__ == "__main__":
     fl.devices.use_cores(2)
     fl.hosts.connect(f"localhost:{port}", 2, index)
 
-import optax  # noqa: E402
+import optax
 
-from algorithms.fedavg import fedavg  # noqa: E402
-from tests.problems import softmax_data, softmax_model  # noqa: E402
+from algorithms.fedavg import fedavg
+from tests.problems import softmax_data, softmax_model
 
 
 def algorithm():
@@ -34,3 +34,12 @@ if __name__ == "__main__":
     if case == "compare":
         for rounds in (1, 100):
             print(json.dumps(result(fl.devices.mesh(), rounds)), flush=True)
+    elif case == "killed":  # the run that a host leaves; resumed by the same call
+        out, rounds = sys.argv[4], int(sys.argv[5])
+        print(json.dumps(result(fl.devices.mesh(), rounds, out=out, checkpoint_every=0.0)), flush=True)
+    elif case == "unlike":
+        data = softmax_data(empty=1 + index)
+        fl.synchronous(algorithm(), data, fl.uniform(7), mesh=fl.devices.mesh())
+    elif case == "seeds":
+        process = fl.synchronous(algorithm(), softmax_data(), fl.uniform(7), mesh=fl.devices.mesh())
+        fl.run(process, 2, seed=index)
