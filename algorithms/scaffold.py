@@ -4,8 +4,8 @@ algorithm 1).
 Line 10, the corrected step, line 12, the new control variate, line 16 and 17, the server's two means, are
 :func:`fedjax_lab.transforms.control_variates`. Kept per client: its control variate, a model. Travels: two models
 down, two up. Deviations: with unequal weights both means are weighted, so that the fixed point is the minimiser
-of the weighted objective (the paper's is ``weighting="uniform"``); option II is computed as the mean of the
-gradients that the steps took, which for SGD is line 12 without its division by the learning rate.
+of the weighted objective (the paper's is ``weighting="uniform"``); for optimizers other than plain SGD, option II's
+``(x - y)/(K eta_l)`` is the mean of the gradients that the steps took, which for SGD is the same.
 """
 
 from typing import Any
@@ -32,5 +32,7 @@ def scaffold(
       **local_work: as for :func:`algorithms.fedavg.fedavg`; the paper's eta_g is
         ``server_optimizer=optax.sgd(eta_g)``.
     """
-    base = fedavg(model, fl.recording(client_optimizer), weighting=weighting, **local_work)
-    return fl.compose(base, fl.transforms.control_variates(option, weighting))
+    rate = fl.plain_rate(client_optimizer)
+    optimizer = client_optimizer if rate else fl.recording(client_optimizer)
+    base = fedavg(model, optimizer, weighting=weighting, **local_work)
+    return fl.compose(base, fl.transforms.control_variates(option, weighting, rate))

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
@@ -49,6 +51,32 @@ class Recorded(NamedTuple):
 
     inner: Any
     total: PyTree
+
+
+def plain_rate(optimizer: ClientOptimizer) -> float | None:
+    """The learning rate of plain gradient descent; ``None`` for every other optimizer, and for a traced rate.
+
+    It is asked with gradients of several sizes, at parameters that aren't zero: momentum, schedules, clipping,
+    normalisation, weight decay and rates that differ by leaf show.
+    """
+    if not isinstance(optimizer, optax.GradientTransformation):
+        return None
+    with jax.ensure_compile_time_eval():
+        params = {"matrix": jnp.full((2, 3), 0.7), "vector": jnp.full(2, -0.3)}
+        ratios = []
+        try:
+            state = optimizer.init(params)
+            if jax.tree.leaves(state):
+                return None
+            for size in (1.0, -1e-4, 1e5):
+                updates, _ = optimizer.update(jax.tree.map(lambda p, size=size: size * p, params), state, params)
+                ratios += jax.tree.leaves(jax.tree.map(lambda u, p, size=size: -u / (size * p), updates, params))
+        except Exception:  # written for other parameters: there is nothing to learn from it
+            return None
+        if any(isinstance(ratio, Tracer) for ratio in ratios):
+            return None
+        rates = np.concatenate([np.ravel(ratio) for ratio in ratios]).astype(np.float64)
+    return float(rates[0]) if np.allclose(rates, rates[0], rtol=1e-5, atol=0) and rates[0] > 0 else None
 
 
 def recording(

@@ -12,7 +12,7 @@ from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import add, difference
 from fedjax_lab.nesting import nested
 from fedjax_lab.population import mean_weight, population_mean
-from fedjax_lab.round import Round, Transform, chain_tilts, identity, nbytes, shift
+from fedjax_lab.round import Round, Trained, Transform, chain_tilts, identity, nbytes, shift
 
 PyTree = Any
 
@@ -32,7 +32,7 @@ class Controlled(NamedTuple):
     c: PyTree
 
 
-def control_variates(option: str = "II", weighting: Any = "examples") -> Transform:
+def control_variates(option: str = "II", weighting: Any = "examples", learning_rate: Any = None) -> Transform:
     """Correct each local gradient by ``c - c_k`` (SCAFFOLD, Karimireddy et al. 2020, algorithm 1).
 
     ``c_k`` estimates client k's gradient, the server's ``c`` is their mean by weight. What is kept per client: a
@@ -41,8 +41,11 @@ def control_variates(option: str = "II", weighting: Any = "examples") -> Transfo
     Args:
       option: how ``c_k`` is renewed, the paper's line 12. ``"I"``: the gradient of all the client's data at the
         model it received, one more pass; ``"II"``: the mean gradient over its local steps, which are there
-        anyway. II needs a Round whose client optimizer is :func:`fedjax_lab.recording`.
+        anyway.
       weighting: the weighting of the inner round, for which ``c`` must be the mean; ``"uniform"`` is the paper's.
+      learning_rate: the clients' eta_l, for option II as the paper writes it, ``c_k - c + (x - y)/(K eta_l)``, if they
+        make plain gradient steps. Without it the client optimizer must be :func:`fedjax_lab.recording`, which adds
+        up the gradients of any optimizer, at the cost of a model's size in every step.
 
     Raises:
       ValueError: another option; a Round that trains no model, has several, or sends only a part of it.
@@ -50,6 +53,8 @@ def control_variates(option: str = "II", weighting: Any = "examples") -> Transfo
     if option not in ("I", "II"):
         raise ValueError(f"option must be 'I' or 'II'; got {checks.shown(option)}")
     checks.weighting(weighting)
+    if learning_rate is not None:
+        checks.positive(learning_rate, "learning_rate")
 
     def transform(round: Round) -> Round:
         model, view, loss = round.model, round.view, round.loss
@@ -81,8 +86,8 @@ def control_variates(option: str = "II", weighting: Any = "examples") -> Transfo
                 oracle, again = tilt(gradient_oracle(loss)), jax.random.fold_in(key, 0xC0)
                 new = client_gradient(oracle, view.get(message.inner), client, again)[0]
             else:
-                # For SGD the same as the paper's c_k - c + (x - y)/(K eta), but true of any optimizer.
-                new = jax.tree.map(lambda g, d: g - d, mean_recorded(out.trained), correction)
+                mean = mean_gradient(out.trained, learning_rate)
+                new = jax.tree.map(lambda g, d: g - d, mean, correction)
             renewed = (out.trained.steps > 0) & out.sent
             new = jax.tree.map(lambda n, o: jnp.where(renewed, n.astype(o.dtype), o), new, state.c)
             change = difference(new, state.c)
@@ -110,3 +115,12 @@ def control_variates(option: str = "II", weighting: Any = "examples") -> Transfo
         )
 
     return transform
+
+
+def mean_gradient(trained: Trained, learning_rate: Any) -> PyTree:
+    """The mean gradient that a run followed: from how far it came, or recorded on the way."""
+    if learning_rate is None:
+        return mean_recorded(trained)
+    start, end = trained.start.params, trained.variables.params
+    way = learning_rate * jnp.maximum(trained.steps, 1)
+    return jax.tree.map(lambda x, y: (x - y) / way.astype(x.dtype), start, end)

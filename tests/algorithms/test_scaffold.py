@@ -77,11 +77,42 @@ def test_the_mean_of_what_clients_keep_is_the_servers_with_momentum_kept_and_cli
     assert fl.total_bytes(metrics["downlink_bytes"]) == int(metrics["invited"]) * 2 * model
 
 
+def test_both_ways_to_the_mean_gradient_agree():
+    """The paper's formula, which plain SGD allows, and gradients added up on the way, for other optimizers."""
+    formula = trajectory(scaffold(MODEL, optax.sgd(ETA), **WORK), 5)
+    recorded = fedavg(MODEL, fl.recording(optax.sgd(ETA)), **WORK)
+    np.testing.assert_allclose(
+        trajectory(fl.compose(recorded, fl.transforms.control_variates()), 5), formula, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [
+        (optax.sgd(0.1), 0.1),
+        (optax.chain(optax.identity(), optax.scale(-0.3)), 0.3),
+        (optax.sgd(0.1, 0.9), None),
+        (optax.adam(0.1), None),
+        (optax.sgd(optax.constant_schedule(0.1)), None),
+        (optax.chain(optax.clip(1.0), optax.sgd(0.1)), None),
+        (optax.chain(optax.clip_by_global_norm(10.0), optax.sgd(0.1)), None),
+        (optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)), None),
+        (optax.sign_sgd(0.1), None),
+        (optax.masked(optax.sgd(0.1), {"matrix": True, "vector": False}), None),
+        (lambda r: optax.sgd(0.1), None),
+    ],
+)
+def test_plain_gradient_descent_is_told_from_the_rest(optimizer, rate):
+    assert fl.plain_rate(optimizer) == (rate if rate is None else pytest.approx(rate))
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="option must be 'I' or 'II'"):
         scaffold(MODEL, optax.sgd(ETA), option=2)
     with pytest.raises(ValueError, match="recording"):
         fl.synchronous(fl.compose(fedavg(MODEL, optax.sgd(ETA)), fl.transforms.control_variates()), quadratics().data)
+    with pytest.raises(ValueError, match="learning_rate must"):
+        fl.transforms.control_variates(learning_rate=0.0)
     shared = fl.compose(fedavg(softmax_model(), optax.sgd(ETA)), fl.transforms.private(lambda path: path.endswith("b")))
     with pytest.raises(ValueError, match="put it first"):
         fl.compose(shared, fl.transforms.control_variates("I"))
