@@ -1,6 +1,7 @@
 """Language models: an embedding, layers of LSTM, scores of the next character or word."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,8 @@ from fedjax_lab.models import losses
 from fedjax_lab.models.base import Model
 from fedjax_lab.models.flax_adapter import from_flax
 from fedjax_lab.models.functional import features
+
+PyTree = Any
 
 
 class LSTM(nn.Module):
@@ -28,16 +31,69 @@ class LSTM(nn.Module):
         gates = nn.Dense(4 * self.units, bias_init=_forget_one, name="input")(x)
         recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.units, 4 * self.units))
 
-        def step(carry, gates):
-            cell, hidden = carry
-            i, f, g, o = jnp.split(gates + hidden @ recurrent, 4, axis=-1)
-            cell = nn.sigmoid(f) * cell + nn.sigmoid(i) * jnp.tanh(g)
-            hidden = nn.sigmoid(o) * jnp.tanh(cell)
-            return (cell, hidden), hidden
+        return jnp.swapaxes(hidden_states(jnp.swapaxes(gates, 0, 1), recurrent), 0, 1)
 
-        start = jnp.zeros((x.shape[0], self.units), gates.dtype)
-        _, hidden = jax.lax.scan(step, (start, start), jnp.swapaxes(gates, 0, 1))
-        return jnp.swapaxes(hidden, 0, 1)
+
+@jax.custom_jvp
+def hidden_states(gates: jax.Array, recurrent: jax.Array) -> jax.Array:
+    """What an LSTM's units say at every step, starting from zeros.
+
+    Its derivative is written out, so that reverse mode computes the gradient of ``recurrent`` after the loop, as one
+    matrix product over all steps and examples: half the time of adding it up in the loop, step by step. Forward mode
+    and higher derivatives work as usual.
+
+    Args:
+      gates: ``float[time, batch, 4 * units]``, the inputs' part of the gates, in the order of :class:`LSTM`.
+      recurrent: ``float[units, 4 * units]``.
+
+    Returns:
+      ``float[time, batch, units]``.
+    """
+    return _run(gates, recurrent, lambda *values: ())[0]
+
+
+def _run(gates: jax.Array, recurrent: jax.Array, keep: Callable) -> tuple[jax.Array, PyTree]:
+    """The hidden states, and what to ``keep`` of each step's values."""
+
+    def step(carry, gates):
+        cell, hidden = carry
+        i, f, g, o = jnp.split(gates + hidden @ recurrent, 4, axis=-1)
+        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+        new = f * cell + i * g
+        out = jnp.tanh(new)
+        return (new, o * out), (o * out, keep(i, f, g, o, cell, out))
+
+    start = jnp.zeros((gates.shape[1], recurrent.shape[0]), gates.dtype)
+    return jax.lax.scan(step, (start, start), gates)[1]
+
+
+def _slopes(i, f, g, o, cell, out):
+    """A step's derivatives: of the new cell by the old and by each gate's argument; of the output by both."""
+    of_cell = (f, g * i * (1 - i), cell * f * (1 - f), i * (1 - g * g))
+    return of_cell, (o * (1 - out * out), out * o * (1 - o))
+
+
+@hidden_states.defjvp
+def _derivative(primals, tangents):
+    (gates, recurrent), (gates_dot, recurrent_dot) = primals, tangents
+    hidden, slopes = _run(gates, recurrent, _slopes)
+    # The one place where recurrent_dot enters: its transpose is the product after the loop.
+    before = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-1]])
+    gates_dot += (before.reshape(-1, before.shape[-1]) @ recurrent_dot).reshape(gates.shape)
+    # Contracted along its rows, so that the loop of the reverse mode reads it in order.
+    turned = recurrent.T
+
+    def step(carry, row):
+        cell_dot, hidden_dot = carry
+        gates_dot, ((by_cell, by_i, by_f, by_g), (by_new, by_o)) = row
+        through = jax.lax.dot_general(hidden_dot, turned, (((1,), (1,)), ((), ())))
+        i, f, g, o = jnp.split(gates_dot + through, 4, axis=-1)
+        cell_dot = by_cell * cell_dot + by_i * i + by_f * f + by_g * g
+        hidden_dot = by_new * cell_dot + by_o * o
+        return (cell_dot, hidden_dot), hidden_dot
+
+    start = jnp.zeros_like(hidden[0])
+    return hidden, jax.lax.scan(step, (start, start), (gates_dot, slopes))[1]
 
 
 def _forget_one(key, shape, dtype=jnp.float32):
