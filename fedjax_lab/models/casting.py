@@ -3,7 +3,8 @@
 Cast before a model sees them, parameters would have narrow cotangents: the gradient of a recurrent weight would be
 added up over time, and that of an embedding over its occurrences, in bfloat16, where 256 + 1 is 256. Here the model
 is traced with narrow parameters and run with each cast only where an equation uses it. Forward the bits are
-the same; backward each use gives a wide summand.
+the same; backward each use gives a wide summand. Uses inside ``jax.checkpoint``, ``cond`` and functions with
+derivatives of their own count as one use.
 """
 
 from collections.abc import Callable, Sequence
