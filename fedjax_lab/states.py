@@ -16,11 +16,13 @@ class ClientStates(NamedTuple):
     """The population's client states: ``table`` leaves ``[clients, ...]``, ``known: bool[clients]``.
 
     A row that isn't ``known`` holds zeros; the client's state is made at its first contact. Both are
-    ``()`` for rounds whose clients keep nothing.
+    ``()`` for rounds whose clients keep nothing. ``members: int32[rows]``, increasing, says whose the rows are
+    where only a cohort's are at hand.
     """
 
     table: PyTree
     known: Any
+    members: Any = ()
 
 
 def empty_states(round: Round, server: PyTree, data: FederatedData, devices: int = 1) -> ClientStates:
@@ -42,6 +44,13 @@ def padded(clients: ClientStates, devices: int) -> ClientStates:
         return clients
     more = lambda x: jnp.concatenate([x, jnp.broadcast_to(x[:1], (missing, *x.shape[1:]))])
     return ClientStates(jax.tree.map(more, clients.table), more(clients.known))
+
+
+def of_population(clients: ClientStates, num_clients: int) -> ClientStates:
+    """The same states without the rows that only fill up a device's block."""
+    if not jax.tree.leaves(clients.table) or clients.known.shape[0] == num_clients:
+        return clients
+    return jax.tree.map(lambda x: x[:num_clients], clients)
 
 
 def gather(
@@ -71,12 +80,16 @@ def scatter(
     seats, here = _seats(clients, ids, axis)
     target = jnp.where(alive & here, seats, clients.known.shape[0])
     put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
-    return ClientStates(jax.tree.map(put, clients.table, states), clients.known.at[target].set(True, mode="drop"))
+    known = clients.known.at[target].set(True, mode="drop")
+    return clients._replace(table=jax.tree.map(put, clients.table, states), known=known)
 
 
 def _seats(clients: ClientStates, ids: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
     """Each client's row among those that are held here, and whether it is held here."""
     rows = clients.known.shape[0]
+    if isinstance(clients.members, jax.Array):
+        seats = jnp.searchsorted(clients.members, ids)
+        return seats, clients.members.at[seats].get(mode="fill", fill_value=-1) == ids
     seats = ids if axis is None else ids - jax.lax.axis_index(axis) * rows
     return seats, (seats >= 0) & (seats < rows)
 

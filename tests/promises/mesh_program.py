@@ -43,13 +43,13 @@ def difference(a, b) -> float:
 
 
 def compare(round, data, devices: int, rounds: int) -> dict:
-    one = fl.synchronous(round, data, fl.uniform(7))
-    many = fl.synchronous(round, data, fl.uniform(7), mesh=fl.devices.mesh(devices))
+    one = fl.synchronous(round, data, fl.uniform(max(7, devices)))
+    many = fl.synchronous(round, data, fl.uniform(max(7, devices)), mesh=fl.devices.mesh(devices))
     a, b, out = one.init(0), many.init(0), {}
     for done in range(1, rounds + 1):
         (a, m), (b, n) = one.step(a, one.data), many.step(b, many.data)
         if done in (1, rounds):
-            clients = [jax.tree.map(lambda x: x[: data.num_clients], p.clients(s)) for p, s in ((one, a), (many, b))]
+            clients = [p.clients(s) for p, s in ((one, a), (many, b))]
             out[done] = max(difference(one.params(a), many.params(b)), difference(clients[0], clients[1]))
     out["same_bytes"] = all(np.array_equal(m[k], n[k]) for k in ("uplink_bytes", "downlink_bytes", "survivors"))
     accuracy = [fl.per_client_accuracy(data)(p, s)["accuracy"] for p, s in ((one, a), (many, b))]

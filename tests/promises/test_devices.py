@@ -34,7 +34,7 @@ def results():
 
 @pytest.mark.parametrize("case", ["fedavg", "client_state", "server_state", "median"])
 def test_devices_agree(results, case):
-    """Cohorts of 7 of 9 clients, one of them empty: neither is a multiple of any number of devices."""
+    """Cohorts of 7 or 8 of 9 clients, one of them empty: 9 is a multiple of no number of devices."""
     mine = {devices: row for (name, devices), row in results.items() if name == case}
     assert mine, f"{case} did not run"
     for devices, row in mine.items():
@@ -58,3 +58,8 @@ def test_bad_meshes_are_refused():
     refused(lambda: fl.synchronous(algorithm, DATA, mesh=2), "jax.sharding.Mesh", "2")
     refused(lambda: fl.devices.mesh(64), "64", "use_cores(64)")
     refused(lambda: fl.devices.use_cores(3), "before anything else of JAX", error=RuntimeError)
+
+
+def test_what_a_cohort_cannot_fill_is_refused():
+    algorithm = fedavg(softmax_model(), optax.sgd(0.1))
+    refused(lambda: fl.synchronous(algorithm, DATA, fl.uniform(4), lanes=5), "lanes=5", "4 clients", "lanes=4")
