@@ -198,13 +198,24 @@ def test_full_batches_read_in_pieces_are_not_summed_narrow():
     np.testing.assert_allclose(process.params(steps(process, 1)[0]), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize("use", ["bias", "gather", "take", "scan", "scan_in_jit", "scan_of_reshaped"])
+@pytest.mark.parametrize("use", ["bias", "gather", "take", "scan", "scan_in_jit", "scan_of_reshaped", "scan_back"])
 def test_gradients_over_many_uses_are_not_summed_narrow(use):
     """1,000 uses of one parameter with gradient 1 each: examples, occurrences of a token, time steps."""
     n = 1000
 
     def over_time(w, rows):
         return jax.lax.scan(lambda total, row: (total + (row @ w).astype(jnp.float32), None), jnp.zeros((1,)), rows)[0]
+
+    def backwards(w, rows):
+        """Two carries, two rows, and an output at every step; the 500 first steps, from the end, count twice."""
+
+        def step(carry, row):
+            t, last = carry
+            out = (row["x"] @ w).astype(jnp.float32) * row["y"]
+            return (t + 1, out), jnp.where(t < n // 2, 2, 0) * out
+
+        rows = {"x": rows, "y": jnp.where(jnp.arange(n) < n // 2, 0.0, 1.0)}
+        return jax.lax.scan(step, (0, jnp.zeros(1)), rows, reverse=True)[1].sum(0)
 
     def outputs(params, x):
         w = params["w"]  # [1, 1]
@@ -217,7 +228,7 @@ def test_gradients_over_many_uses_are_not_summed_narrow(use):
         rows = jnp.ones((n, 1, 1), w.dtype)
         if use == "scan_of_reshaped":
             w = w.reshape(1).reshape(1, 1).T
-        run = jax.jit(over_time) if use == "scan_in_jit" else over_time
+        run = {"scan_in_jit": jax.jit(over_time), "scan_back": backwards}.get(use, over_time)
         return run(w[:, 0], rows)[None]
 
     def loss(params, model_state, batch, mask, key, train):
