@@ -210,7 +210,7 @@ def test_gradients_over_many_uses_are_not_summed_narrow(use):
         """Two carries, two rows, and an output at every step; the 500 first steps, from the end, count twice."""
 
         def step(carry, row):
-            t, last = carry
+            t, _ = carry
             out = (row["x"] @ w).astype(jnp.float32) * row["y"]
             return (t + 1, out), jnp.where(t < n // 2, 2, 0) * out
 
