@@ -1,15 +1,16 @@
 """Evaluation as a Round: clients compute metrics on their own examples, only the metrics travel.
 
-Every function here gives an ``evaluate(process, state) -> {name: float}``, which ``run`` takes.
+Every function here gives an ``evaluate(process, state) -> {name: float}``, which ``run`` and ``sweep`` take.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import aggregators, checks
@@ -24,6 +25,21 @@ from fedjax_lab.states import ClientStates
 PyTree = Any
 Evaluate = Callable[[Process, Any], dict[str, float]]
 WORSE_WHEN_HIGHER = ("loss", "error", "perplexity")
+
+
+class Evaluation(NamedTuple):
+    """An evaluation in two halves, of which a sweep runs the first for many cells in one program.
+
+    Attributes:
+      arrays: ``(process, state) -> pytree`` of arrays; pure, so that it may be traced.
+      numbers: ``(the same pytree as NumPy arrays) -> what the evaluation gives``, on the host.
+    """
+
+    arrays: Callable[[Process, Any], PyTree]
+    numbers: Callable[[PyTree], Any]
+
+    def __call__(self, process: Process, state: PyTree) -> Any:
+        return self.numbers(jax.device_get(self.arrays(process, state)))
 
 
 class ClientMetrics(NamedTuple):
@@ -72,9 +88,7 @@ def shares_model(round: Round) -> bool:
     return round.view is not None and "partial" not in round.traits
 
 
-def client_metrics(
-    test: FederatedData, support: FederatedData | None = None, *, personal: bool = False
-) -> Callable[[Process, Any], ClientMetrics]:
+def client_metrics(test: FederatedData, support: FederatedData | None = None, *, personal: bool = False) -> Evaluation:
     """Every client's own metrics, ``(process, state) -> ClientMetrics`` in the order of ``test.ids``.
 
     Args:
@@ -91,20 +105,26 @@ def client_metrics(
         raise ValueError("support must hold the same clients as test, in the same order")
     compiled: dict[int, Any] = {}  # by identity of what the closure depends on
 
-    def compute(process: Process, state) -> ClientMetrics:
-        if (made := compiled.get(id(process.round))) is None:
-            # Checks the examples against the model, and computes nothing.
-            jax.eval_shape(lambda key: process.round.init(key, test), jax.random.key(0))
-            home = _positions(test, process.data)
+    def make(process: Process):
+        # Checks the examples against the model, and computes nothing.
+        jax.eval_shape(lambda key: process.round.init(key, test), jax.random.key(0))
+        home = _positions(test, process.data)
+        with jax.ensure_compile_time_eval():  # within a larger program, too, the examples lie on their devices
             here, specs = _beside(test, process)
-            adapt = (None, P()) if support is None else _beside(support, process)
-            function = _compile(process, personal, np.asarray(test.sizes), specs, adapt[1])
-            made = compiled[id(process.round)] = (process.round, home, here, adapt[0], function)
+            adapt, adapt_specs = (None, P()) if support is None else _beside(support, process)
+        function = _compile(process, personal, np.asarray(test.sizes), specs, adapt_specs)
+        return process.round, home, here, adapt, function
+
+    def arrays(process: Process, state: PyTree) -> ClientMetrics:
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(state)):
+            made = make(process)  # not to be kept: the Round may hold traced values, which die with their program
+        elif (made := compiled.get(id(process.round))) is None:
+            made = compiled[id(process.round)] = make(process)
         _, home, here, adapt, function = made
         sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home)
-        return ClientMetrics({n: np.asarray(v) for n, v in values.items()}, np.asarray(sizes))
+        return ClientMetrics(values, sizes)
 
-    return compute
+    return Evaluation(arrays, lambda metrics: metrics)
 
 
 def _beside(test: FederatedData, process: Process) -> tuple[FederatedData, PyTree]:
@@ -166,12 +186,7 @@ def _compile(process: Process, personal: bool, sizes: np.ndarray, specs: PyTree,
 
 def global_metrics(test: FederatedData) -> Evaluate:
     """The global model's metrics over all of ``test``'s examples, ``{"accuracy": ..., "loss": ...}``."""
-    compute = client_metrics(test)
-
-    def evaluate(process, state):
-        return pooled(compute(process, state))
-
-    return evaluate
+    return Evaluation(client_metrics(test).arrays, pooled)
 
 
 def per_client(
@@ -196,15 +211,18 @@ def per_client(
     """
     plain, own = client_metrics(test, support), client_metrics(test, support, personal=True)
 
-    def evaluate(process, state):
-        personal, out = "personal" in process.round.traits, {}
+    def arrays(process, state):
+        personal, found = "personal" in process.round.traits, {}
         if shares_model(process.round) or not personal:
-            out = summarise(plain(process, state), names, prefix)
+            found[prefix] = plain.arrays(process, state)
         if personal:
-            out |= summarise(own(process, state), names, f"{prefix}personal_")
-        return out
+            found[f"{prefix}personal_"] = own.arrays(process, state)
+        return found
 
-    return evaluate
+    def numbers(found):
+        return _merged(summarise(metrics, names, before) for before, metrics in found.items())
+
+    return Evaluation(arrays, numbers)
 
 
 def per_client_accuracy(test: FederatedData, support: FederatedData | None = None) -> Evaluate:
@@ -213,12 +231,22 @@ def per_client_accuracy(test: FederatedData, support: FederatedData | None = Non
 
 
 def combined(*evaluations: Evaluate) -> Evaluate:
-    """Several evaluations in one; later ones win where names repeat."""
+    """Several evaluations in one; later ones win where names repeat.
 
-    def evaluate(process, state):
-        return {name: value for each in evaluations for name, value in each(process, state).items()}
+    A sweep runs it side by side if each has the two halves of an :class:`Evaluation`.
+    """
 
-    return evaluate
+    halves = [each for each in evaluations if isinstance(each, Evaluation)]
+    if len(halves) < len(evaluations):
+        return lambda process, state: _merged(each(process, state) for each in evaluations)
+    return Evaluation(
+        lambda process, state: [each.arrays(process, state) for each in halves],
+        lambda found: _merged(each.numbers(own) for each, own in zip(halves, found, strict=True)),
+    )
+
+
+def _merged(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def pooled(metrics: ClientMetrics) -> dict[str, float]:

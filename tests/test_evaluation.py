@@ -97,3 +97,35 @@ def test_support_must_match():
     data = softmax_data()
     with pytest.raises(ValueError, match="same clients"):
         fl.client_metrics(data.select([0]), data.select([1]))
+
+
+# ---- in two halves, of which a larger program may contain the first ----
+
+
+@pytest.mark.parametrize("make", [fedavg, local_only])
+def test_part_of_a_larger_program_it_says_the_same_and_leaves_nothing_behind(make):
+    data = softmax_data()
+    test, support = softmax_data(seed=1), softmax_data(seed=2)
+    process_for = lambda rate: fl.synchronous(make(MODEL, optax.sgd(rate)), data, fl.uniform(5))
+    state, _ = steps(process_for(0.3), 2)
+    evaluate = fl.combined(fl.per_client(test), fl.per_client_accuracy(test, support))
+
+    @jax.jit
+    def found(rate, state):
+        return evaluate.arrays(process_for(rate), state)
+
+    with jax.checking_leaks():
+        arrays = jax.device_get(found(0.3, state))
+    expected = evaluate(process_for(0.3), state)
+    assert evaluate.numbers(arrays) == pytest.approx(expected, rel=1e-6)
+    assert ("personal_accuracy_p50" in expected) == (make is local_only)
+
+
+def test_combined_with_a_function_of_the_hosts(trained):
+    data, process, state = trained
+    counts = lambda process, state: {"clients": process.data.num_clients, "loss": 0.0}
+    both = fl.combined(fl.global_metrics(data), counts)
+    report = both(process, state)
+    assert (report["clients"], report["loss"]) == (data.num_clients, 0.0)
+    assert report["accuracy"] == fl.global_metrics(data)(process, state)["accuracy"]
+    assert not hasattr(both, "arrays")
