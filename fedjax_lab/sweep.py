@@ -49,8 +49,9 @@ def sweep(
       seeds: distinct integers, the results' last axis.
       params: parameters that all runs start from instead of the model's own initialisation.
       evaluate: as in :func:`fedjax_lab.run`: ``(process, state) -> {name: number}``, called before the first round
-        and at logging points, for one cell after the other, with one process for each point of the grid. See
-        :mod:`fedjax_lab.sweep_evaluation` for evaluations that run side by side.
+        and at logging points. This library's own (:func:`fedjax_lab.global_metrics` and the like) run in one program
+        for all cells, see :mod:`fedjax_lab.sweep_evaluation`; any other function is called for one cell after the
+        other, with one process for each point of the grid.
       every: rounds between logging points, run in one dispatch; logging points are as in :func:`fedjax_lab.run`.
       batch: how many cells run at once, over all devices; the others wait, and go through the same program. Fewer need
         less memory. By default all of them, on a CPU as many as gain by it: models of some hundred parameters side
