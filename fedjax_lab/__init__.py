@@ -62,6 +62,7 @@ from fedjax_lab.sampling import (
     weighted,
 )
 from fedjax_lab.simulation import SimulationState, synchronous
+from fedjax_lab.streaming import streamed
 from fedjax_lab.sweep import sweep
 from fedjax_lab.sweep_result import SweepResult
 from fedjax_lab.transforms.downlink import downlink

@@ -6,7 +6,9 @@ leaves and may live on the host or on a device; the ids stay outside.
 """
 
 import dataclasses
+import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -165,6 +167,36 @@ class FederatedData:
         from fedjax_lab import tables
 
         return tables.read_table(table, client=client, features=features, label=label)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, *, verify: bool = False) -> "FederatedData":
+        """A data set that :meth:`save` wrote, its rows read from disk when they are needed.
+
+        :func:`fedjax_lab.synchronous` streams such a data set: only a cohort's rows are ever in memory.
+
+        Args:
+          folder: what ``save`` was given.
+          verify: compare every byte with its SHA-256. Otherwise only files of up to 16 MiB are read through;
+            of larger ones the length is compared.
+
+        Raises:
+          ValueError: a folder without a data set; a file that is missing, altered, cut short or of another
+            format, with its name and its field's.
+        """
+        from fedjax_lab import stored
+
+        return stored.open_folder(folder, verify)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write the data set to a new folder, a ``.npy`` file for each field; returns the folder.
+
+        Raises:
+          ValueError: the folder holds something; ids that are neither integers nor strings; fields that lie in
+            anything but dicts, lists and tuples.
+        """
+        from fedjax_lab import stored
+
+        return stored.save(self, folder)
 
     @classmethod
     def _build(cls, arrays, sizes, ids, attrs, validate) -> "FederatedData":

@@ -1,5 +1,6 @@
 """Process: a Round with a population and a schedule, as two pure functions."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,13 +16,29 @@ from fedjax_lab.states import ClientStates
 PyTree = Any
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class HostStep:
+    """A step that reads from the host, and so can't be traced: :func:`fedjax_lab.streamed`.
+
+    Attributes:
+      call: ``(state, data) -> (state, metrics)``.
+      program: ``()`` -> the text of what it computes on the device.
+    """
+
+    call: Callable[[PyTree, FederatedData], tuple[PyTree, dict[str, jax.Array]]]
+    program: Callable[[], str]
+
+    def __call__(self, state: PyTree, data: FederatedData) -> tuple[PyTree, dict[str, jax.Array]]:
+        return self.call(state, data)
+
+
 class Process(NamedTuple):
     """A federated computation that can be stepped.
 
     Attributes:
       init: ``(key, params=None) -> state``, one pytree that holds everything.
       step: ``(state, data) -> (state, metrics)``, one round; jitted, and a pure function that ``lax.scan``
-        and ``vmap`` take as well.
+        and ``vmap`` take as well. A :class:`HostStep` where the data don't fit the device.
       data: the population, on the device; an argument of the step rather than a part of it.
       params: ``(state) -> params`` of the server's model.
       variables: ``(state) -> Variables``, its params and model state.

@@ -14,7 +14,7 @@ import jax
 
 from fedjax_lab import checks, hosts, run_folder, shared_folder
 from fedjax_lab.callbacks import Callback
-from fedjax_lab.process import Process
+from fedjax_lab.process import HostStep, Process
 from fedjax_lab.progress import progress as show_progress
 from fedjax_lab.result import Result
 from fedjax_lab.session import Clock, Session, run_rounds
@@ -92,7 +92,8 @@ def run(
         run_folder.prepare(folder, resume, config)
     clock = Clock()
     with contextlib.ExitStack() as stack:
-        start = run_folder.Start(own_copy(process.init(jax.random.key(seed), params)))
+        state = process.init(jax.random.key(seed), params)
+        start = run_folder.Start(state if isinstance(process.step, HostStep) else own_copy(state))
         disk = run_folder.NO_FOLDER
         if folder is not None:
             setup = {"setup": run_folder.setup(process, seed, params), "config": config}

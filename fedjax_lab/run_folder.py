@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lab import checkpoint
+from fedjax_lab import checkpoint, stored
 from fedjax_lab.data import FederatedData
-from fedjax_lab.process import Process
+from fedjax_lab.process import HostStep, Process
 from fedjax_lab.records import Journal, Record
 from fedjax_lab.state_leaves import state_digest
 
@@ -37,8 +37,11 @@ def setup(process: Process, seed: int, params: PyTree) -> dict[str, Any]:
 def data_digest(data: FederatedData) -> str:
     """A fingerprint of sizes, attributes and arrays, computed where they are.
 
-    Two position-dependent 32-bit sums a leaf: they tell data sets apart but resist no adversary.
+    Two position-dependent 32-bit sums a leaf: they tell data sets apart but resist no adversary. Of data on
+    the host, a sample.
     """
+    if any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(data.arrays)):
+        return stored.fingerprint(data)
     sums = np.asarray(_checksums(data), np.uint32)
     return hashlib.sha256(sums.tobytes()).hexdigest()[:16]
 
@@ -73,7 +76,7 @@ def program_digest(step: Any, state: PyTree, data: FederatedData) -> dict[str, s
     """
     import fedjax_lab
 
-    text = jax.jit(step).lower(state, data).as_text()
+    text = step.program() if isinstance(step, HostStep) else jax.jit(step).lower(state, data).as_text()
     digest = "" if "callback" in text else hashlib.sha256(text.encode()).hexdigest()[:16]
     return {
         "program": digest,

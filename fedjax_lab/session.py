@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import hosts, run_folder
 from fedjax_lab.callbacks import Callback, Info
-from fedjax_lab.process import Process
+from fedjax_lab.process import HostStep, Process
 from fedjax_lab.progress import headline
 from fedjax_lab.records import (
     Record,
@@ -118,7 +118,9 @@ def run_rounds(
     update: Callable[[int, str], None],
 ) -> str:
     """Go on to ``num_rounds`` rounds, or until a callback or Ctrl-C ends it; returns the reason."""
-    many = s.clock.first_apart(_many(s.process.step, max(min(every, num_rounds), 1)))
+    step = s.process.step
+    many = _one_by_one(step) if isinstance(step, HostStep) else _many(step, max(min(every, num_rounds), 1))
+    many = s.clock.first_apart(many)
     measured: Record = {}
     if evaluate is not None:
         evaluate = s.clock.first_apart(evaluate)
@@ -155,6 +157,19 @@ def run_rounds(
 
 def _read(first: int, count: int, metrics: Any, taken: set[str]) -> list[Record]:
     return round_records(first, count, renamed(jax.device_get(metrics), taken))
+
+
+def _one_by_one(step: HostStep) -> Callable:
+    """As :func:`_many`, for a step that the host makes; no metric is waited for in between."""
+
+    def many(state, data, count):
+        log = []
+        for _ in range(count):
+            state, metrics = step(state, data)
+            log.append(metrics)
+        return state, {name: [metrics[name] for metrics in log] for name in log[0]}
+
+    return many
 
 
 @functools.lru_cache(maxsize=8)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_lab import checks, devices, hosts
+from fedjax_lab import checks, devices, hosts, stored
 from fedjax_lab.cohort import Answers, count_bytes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
@@ -51,7 +51,8 @@ def synchronous(
 
     Args:
       round: what a round computes.
-      data: the population.
+      data: the population. On one device, data of :meth:`FederatedData.open` stay on disk
+        (:func:`fedjax_lab.streamed`).
       sampler: who takes part, everyone by default.
       lanes: how many clients run side by side on each device; by default chosen from the cost of a step, the
         backend and the clients' sizes. The result does not depend on it beyond the order of float additions.
@@ -76,11 +77,15 @@ def synchronous(
     sampler.init(data)
     jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
     mesh, count = devices.checked(mesh), 1
+    if mesh is None and stored.mapped(data):
+        from fedjax_lab import streaming
+
+        return streaming.streamed(round, data, sampler, lanes)
     _check_alike(data, lanes, mesh)
     sizes, (data, specs, apart) = np.asarray(data.sizes), placed(data, mesh)
     if mesh is not None:
         count = mesh.shape[devices.AXIS]
-    _check_room(sampler, data, lanes, count)
+    check_room(sampler, data, lanes, count)
 
     def start(key, data, params):
         server_key, run_key = jax.random.split(key)
@@ -111,7 +116,7 @@ def synchronous(
         return start(typed_key(key), data, params)
 
     state = jax.eval_shape(start, jax.random.key(0), data, None)
-    _check_stable(jax.eval_shape(step, state, data)[0], state)
+    check_stable(jax.eval_shape(step, state, data)[0], state)
     lens: Any = round.model
     variables: Any = lambda state: lens.get(state.server) if lens else None
     return Process(
@@ -132,7 +137,7 @@ def _check_alike(data: FederatedData, lanes: int | None, mesh: Mesh | None) -> N
     hosts.agree({"lanes": lanes, "clients": data.num_clients, "the data's fields": fields, "the clients' sizes": sizes})
 
 
-def _check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: int) -> None:
+def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: int) -> None:
     """Refuse lanes or devices that a cohort can't fill."""
     if lanes is not None:
         checks.positive(lanes, "lanes", integer=True)
@@ -221,7 +226,7 @@ def strong(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), tree)
 
 
-def _check_stable(new: PyTree, old: PyTree) -> None:
+def check_stable(new: PyTree, old: PyTree) -> None:
     """Refuse a Round whose state would change type or shape from one round to the next."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         raise ValueError(

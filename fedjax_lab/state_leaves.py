@@ -78,8 +78,10 @@ def first_difference(there: list[dict], here: list[dict]) -> str | None:
     return None if there == here else "its leaves have another order"
 
 
-def place(leaf: Leaf, like: jax.Array) -> jax.Array:
-    """The leaf as a JAX array in memory of its own, on the devices of ``like``."""
+def place(leaf: Leaf, like: Any) -> Any:
+    """The leaf in memory of its own, where ``like`` is: on the same devices, or on the host."""
+    if isinstance(like, np.ndarray):
+        return np.array(leaf.value)
     array = jnp.asarray(leaf.value)
     if leaf.impl is not None:
         array = jax.random.wrap_key_data(array, impl=leaf.impl)
@@ -101,5 +103,5 @@ def own_copy(state: PyTree) -> PyTree:
 
 
 def _impl(leaf: Any) -> str | None:
-    is_key = jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key)
     return str(jax.random.key_impl(leaf)) if is_key else None

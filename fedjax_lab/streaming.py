@@ -1,0 +1,300 @@
+"""Populations beyond the device's memory: the synchronous schedule, with a cohort's rows fetched from the host.
+
+A round asks the sampler on the device, copies the cohort's rows from the host's arrays (memory maps read them
+from disk) into a block of fixed size, and computes on that. Keys, order and arithmetic are those of
+:func:`fedjax_lab.synchronous`. While a round computes, a thread fetches the rows of the next, where the choice
+of the next cohort doesn't hang on how this round ends.
+"""
+
+import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from fedjax_lab import checks, hosts
+from fedjax_lab.client import ClientData
+from fedjax_lab.cohort import make_env, run_cohort
+from fedjax_lab.data import FederatedData
+from fedjax_lab.process import HostStep, Process, typed_key
+from fedjax_lab.round import Env, Round
+from fedjax_lab.sampling import Sampler, check_sampler, everyone
+from fedjax_lab.simulation import SimulationState, check_room, check_stable, cohort_metrics, serve, strong
+from fedjax_lab.states import ClientStates, empty_states
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CohortData(FederatedData):
+    """A cohort's rows, its clients at their positions in the population.
+
+    ``arrays`` hold the cohort's rows only and ``starts: int32[cohort]`` belong to ``members: int32[cohort]``, their
+    positions, increasing; ``sizes`` and ``attrs`` are the population's.
+    """
+
+    members: Any = None
+
+    @property
+    def num_clients(self) -> int:
+        return self.sizes.shape[0]
+
+    def view(self, index: jax.Array, env: Any = (), present: jax.Array | bool = True) -> ClientData:
+        whole = dataclasses.replace(self, starts=self.sizes)  # any array of the population, for the rest of a view
+        seat = jnp.minimum(jnp.searchsorted(self.members, index), len(self.members) - 1)
+        return dataclasses.replace(FederatedData.view(whole, index, env, present), first_row=self.starts[seat])
+
+
+class Population(NamedTuple):
+    """What a step needs of its data, made once: see :func:`_population`."""
+
+    data: FederatedData  # arrays on the host, the rest on the device
+    starts: np.ndarray
+    sizes: np.ndarray
+    capacity: int  # rows of the largest possible cohort
+
+
+class Drawn(NamedTuple):
+    """A round's cohort: who, the round's number after it, and the sampler's state."""
+
+    env: Env
+    after: jax.Array
+    sampler: PyTree
+
+
+class Fetched(NamedTuple):
+    """A cohort's rows on the device; ``members`` as in :class:`CohortData`, ``inside`` for those that are clients."""
+
+    data: CohortData
+    members: np.ndarray
+    inside: np.ndarray
+
+
+class Ahead(NamedTuple):
+    """A round that was begun early, and what it was begun from."""
+
+    begun: list[Any]
+    drawn: Drawn
+    fetched: Future
+
+
+def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None) -> Process:
+    """As :func:`fedjax_lab.synchronous`, for populations that don't fit the device, or memory.
+
+    A cohort's rows go to the device for a round, in a block as large as the largest possible cohort; sizes and
+    attributes are kept there. The states of clients lie in the host's memory. Data from
+    :meth:`fedjax_lab.FederatedData.open` come here by themselves through ``synchronous``.
+
+    Args:
+      round: what a round computes.
+      data: the population, its arrays on the host: NumPy arrays or memory maps.
+      sampler: who takes part, everyone by default. One with an ``update`` of its own makes rounds wait for
+        their rows: the next cohort is known only when a round has ended.
+      lanes: how many clients run side by side; by default chosen.
+
+    Returns:
+      A :class:`Process` whose step runs on the host: it can't be jitted or vmapped (a sweep needs data in
+      memory). A step takes over the clients' states of the state that it is given, and writes into them.
+
+    Raises:
+      ValueError: as ``synchronous``; more rows in a cohort than 32 bits count; a sampler that probes losses;
+        client states that hold PRNG keys; several processes.
+    """
+    sampler = everyone() if sampler is None else sampler
+    if not isinstance(round, Round):
+        raise ValueError(f"streamed(round, data, sampler) takes a Round first; got {checks.shown(round)}")
+    checks.federated(data, "the data of streamed(round, data, sampler)")
+    check_sampler(sampler)
+    if hosts.several():
+        raise ValueError("streamed() works in one process: use synchronous(..., mesh=fl.devices.mesh())")
+    host = jax.tree.map(np.asarray, data)
+    sampler.init(host)
+    jax.eval_shape(lambda key: round.init(key, host), jax.random.key(0))  # checks the data, computes nothing
+    check_room(sampler, host, lanes, 1)
+
+    def start(key, params, data):
+        server_key, run_key = jax.random.split(key)
+        server = strong(round.init(server_key, data, params))
+        return server, strong(sampler.init(data)), jnp.int32(0), run_key
+
+    def draw(state, number, key, data) -> Drawn:
+        public = jax.random.fold_in(jax.random.fold_in(key, number), 0)
+        ids, present, state = sampler.sample(state, public, data, _no_probe)
+        env = make_env(number, public, ids, present, data.num_clients)
+        return Drawn(env, number + 1, strong(state))
+
+    def compute(server, clients, drawn, key, data):
+        key = jax.random.fold_in(key, drawn.env.round)
+        private, serving = (jax.random.fold_in(key, i) for i in (1, 2))
+        answers = run_cohort(round, server, clients, data, drawn.env, private, lanes, None, host.sizes)
+        server, server_metrics = serve(round, server, answers, drawn.env, serving)
+        after = strong(sampler.update(drawn.sampler, answers.ids, answers.ok, answers.metrics))
+        return strong(server), answers.clients, after, cohort_metrics(answers) | server_metrics
+
+    start, draw, compute = jax.jit(start), jax.jit(draw), jax.jit(compute)
+    shapes = _Shapes(round, start, draw, compute, host)
+    foreseen = sampler.update is Sampler._field_defaults["update"] or not jax.tree.leaves(shapes.drawn.sampler)
+    pool = ThreadPoolExecutor(1, "fedjax_lab-rows")
+    known: list[tuple[FederatedData, Population]] = []
+    ahead: list[Ahead] = []
+
+    def population(data) -> Population:
+        if not known or known[0][0] is not data:
+            known[:] = [(data, _population(data, shapes.cohort))]
+        return known[0][1]
+
+    def begin(source: Population, sampler, number, key) -> Ahead:
+        drawn = draw(sampler, number, key, source.data)
+        return Ahead([source, *jax.tree.leaves((sampler, number, key))], drawn, pool.submit(_fetch, source, drawn.env))
+
+    def step(state: SimulationState, data: FederatedData):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, data))):
+            raise ValueError(
+                "a streamed step reads its data on the host: it can't be traced (jit, vmap, scan, sweep). Give "
+                "synchronous() data in memory, data.on_device()"
+            )
+        _check_own(state.clients)
+        source = population(data)
+        turn = ahead.pop() if ahead else None
+        if turn is None or not _same(turn.begun, [source, *jax.tree.leaves((state.sampler, state.round, state.key))]):
+            turn = begin(source, state.sampler, state.round, state.key)
+        drawn, fetched = turn.drawn, turn.fetched.result()
+        clients = _pick(state.clients, fetched)
+        jax.block_until_ready(state.server)  # one round under way: more would pile up their rows in memory
+        if foreseen:
+            ahead[:] = [begin(source, drawn.sampler, drawn.after, state.key)]
+        server, clients, after, metrics = compute(state.server, clients, drawn, state.key, fetched.data)
+        clients = _put_back(state.clients, clients, fetched)
+        return SimulationState(server, clients, drawn.sampler if foreseen else after, drawn.after, state.key), metrics
+
+    def init(key, params=None):
+        server, drawn, number, key = start(typed_key(key), params, host)
+        zeros = lambda s: np.zeros(s.shape, s.dtype)
+        return SimulationState(server, jax.tree.map(zeros, shapes.clients), drawn, number, key)
+
+    lens: Any = round.model
+    variables: Any = lambda state: lens.get(state.server) if lens else None
+    return Process(
+        init, HostStep(step, shapes.program), data,
+        params=lambda state: variables(state).params if lens else state.server,
+        variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
+    )  # fmt: skip
+
+
+class _Shapes:
+    """Shapes of all that a round computes with, found and checked before anything is compiled."""
+
+    def __init__(self, round: Round, start, draw, compute, data: FederatedData):
+        server, sampler, number, key = jax.eval_shape(start, jax.random.key(0), None, data)
+        self.clients = jax.eval_shape(lambda s, d: empty_states(round, s, d), server, data)
+        for name, leaf in checks.named_leaves(self.clients.table):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+                raise ValueError(f"the clients' state {name} is a PRNG key, which the host can't hold: keep its data")
+        self.drawn: Drawn = jax.eval_shape(draw, sampler, number, key, data)
+        self.cohort = self.drawn.env.ids.shape[0]
+        of = lambda count: lambda s: jax.ShapeDtypeStruct((count, *s.shape[1:]), s.dtype)
+        members = jax.ShapeDtypeStruct((self.cohort,), jnp.int32)
+        sizes, attrs = jax.tree.map(of(data.num_clients), (data.sizes, data.attrs))
+        block = jax.tree.map(of(_capacity(np.asarray(data.sizes), self.cohort)), data.arrays)
+        cohort = CohortData(block, members, sizes, attrs, data.id_table, data.max_size, data.tile, members)
+        clients = jax.tree.map(of(self.cohort), self.clients)._replace(members=members)
+        arguments = (server, clients, self.drawn, key, cohort)
+        new = jax.eval_shape(compute, *arguments)
+        names = ("server", "clients", "sampler")
+        check_stable(dict(zip(names, new, strict=False)), dict(zip(names, (server, clients, sampler), strict=True)))
+        self.program = lambda: "\n".join(
+            [draw.lower(sampler, number, key, data).as_text(), compute.lower(*arguments).as_text()]
+        )
+
+
+def _no_probe(ids):
+    raise ValueError("this sampler probes the clients' losses, whose rows are not in memory: give synchronous() data "
+                     "in memory, data.on_device()")  # fmt: skip
+
+
+def _capacity(sizes: np.ndarray, cohort: int) -> int:
+    """Rows of the largest possible cohort, at least one."""
+    rows = int(np.partition(sizes, -cohort)[-cohort:].sum(dtype=np.int64))
+    if rows >= 2**31:
+        raise ValueError(f"a cohort of {cohort} clients may have {rows} rows, which 32 bits don't count: use a smaller")
+    return max(rows, 1)
+
+
+def _population(data: FederatedData, cohort: int) -> Population:
+    starts, sizes = np.asarray(data.starts), np.asarray(data.sizes)
+    there = dataclasses.replace(
+        data,
+        arrays=jax.tree.map(np.asarray, data.arrays),
+        starts=jnp.asarray(starts),
+        sizes=jnp.asarray(sizes),
+        attrs=jax.tree.map(jnp.asarray, data.attrs),
+    )
+    return Population(there, starts, sizes, _capacity(sizes, cohort))
+
+
+def _fetch(source: Population, env: Env) -> Fetched:
+    """Copy a cohort's rows to the device, in the order in which they lie on the host."""
+    data = source.data
+    members = np.sort(np.asarray(env.ids))
+    inside = members < data.num_clients
+    clients = members[inside]
+    starts, sizes = source.starts[clients].astype(np.int64), source.sizes[clients].astype(np.int64)
+    first = np.cumsum(sizes) - sizes
+    count = int(sizes.sum())
+    rows = np.arange(count) + np.repeat(starts - first, sizes)
+    together = count > 0 and rows[-1] - rows[0] + 1 == count
+
+    def block(leaf):
+        # A new one in every round: a device that shares the host's memory may still be reading the last.
+        out = np.empty((source.capacity, *leaf.shape[1:]), leaf.dtype)
+        if together:
+            out[:count] = leaf[rows[0] : rows[0] + count]
+        elif count:
+            np.take(leaf, rows, axis=0, out=out[:count], mode="clip")
+        out[count:] = 0
+        return jax.device_put(out)
+
+    seats = np.zeros(len(members), np.int32)
+    seats[inside] = first
+    cohort = CohortData(
+        jax.tree.map(block, data.arrays), jax.device_put(seats), data.sizes, data.attrs,
+        data.id_table, data.max_size, data.tile, jax.device_put(members),
+    )  # fmt: skip
+    return Fetched(cohort, members, inside)
+
+
+def _same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+def _check_own(clients: ClientStates) -> None:
+    for leaf in jax.tree.leaves(clients):
+        if not (isinstance(leaf, np.ndarray) and leaf.flags.writeable):
+            raise ValueError(
+                "this state's clients were handed on to the round after it, which writes into the same arrays: keep "
+                "state._replace(clients=jax.tree.map(np.array, state.clients)) of a state to step from twice"
+            )
+
+
+def _pick(clients: ClientStates, fetched: Fetched) -> ClientStates:
+    """The cohort's states, on the device."""
+    rows = np.where(fetched.inside, fetched.members, 0)
+    some = jax.tree.map(lambda t: jax.device_put(t[rows]), clients)
+    return some._replace(members=fetched.data.members)
+
+
+def _put_back(clients: ClientStates, new: ClientStates, fetched: Fetched) -> ClientStates:
+    """The population's states with the cohort's in their places, in the same memory."""
+    rows = fetched.members[fetched.inside]
+
+    def put(whole, some):
+        mine = whole.view()
+        mine[rows] = np.asarray(some)[fetched.inside]
+        whole.flags.writeable = False
+        return mine
+
+    return jax.tree.map(put, clients, new._replace(members=()))
