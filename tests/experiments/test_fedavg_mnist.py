@@ -42,7 +42,7 @@ def test_a_learning_rate_that_is_slower_than_the_best_is_given_up(monkeypatch, t
         return fl.Result(None, None, records((0, 0.1), (6, 0.9), (7, 0.97)), 0, 0, 7, "", 0.0, 0.0)
 
     monkeypatch.setattr(fl, "run", run)
-    monkeypatch.setattr(fl, "synchronous", lambda *args: None)
+    monkeypatch.setattr(fl, "synchronous", lambda *args, **options: None)
     monkeypatch.setattr(fl, "global_metrics", lambda test: None)
     config, cell, best = fedavg_mnist.Config(), fedavg_mnist.CELLS["iid/0.1/10"], {}
     for seed, rate in ((0, 0.2), (0, 0.1), (1, 0.2)):
