@@ -246,13 +246,13 @@ def _fetch(source: Population, env: Env) -> Fetched:
     first = np.cumsum(sizes) - sizes
     count = int(sizes.sum())
     rows = np.arange(count) + np.repeat(starts - first, sizes)
-    together = count > 0 and rows[-1] - rows[0] + 1 == count
+    together = count > 0 and bool((starts[1:] == starts[:-1] + sizes[:-1]).all())
 
     def block(leaf):
         # A new one in every round: a device that shares the host's memory may still be reading the last.
         out = np.empty((source.capacity, *leaf.shape[1:]), leaf.dtype)
         if together:
-            out[:count] = leaf[rows[0] : rows[0] + count]
+            out[:count] = leaf[starts[0] : starts[0] + count]
         elif count:
             np.take(leaf, rows, axis=0, out=out[:count], mode="clip")
         out[count:] = 0

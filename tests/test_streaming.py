@@ -170,6 +170,16 @@ def test_only_the_cohorts_rows_are_read():
     assert not np.any(fetched.data.arrays["x"][20:])
 
 
+def test_clients_may_lie_in_any_order():
+    """Three clients of two rows at 0, 10 and 4: the last row is six behind the first, and yet they lie apart."""
+    ids = fl.FederatedData.from_assignment({"x": np.ones(3)}, np.arange(3)).id_table
+    starts, sizes = np.array([0, 10, 4], np.int32), np.array([2, 2, 2], np.int32)
+    data = fl.FederatedData({"x": np.arange(12.0, dtype=np.float32)}, starts, sizes, {}, ids, 2, 2)
+    fetched = streaming._fetch(streaming._population(data, 3), fl.Env(0, None, np.arange(3), *[None] * 4))
+    assert fetched.data.arrays["x"].tolist() == [0, 1, 10, 11, 4, 5]
+    assert fetched.data.view(jnp.int32(2)).take(jnp.arange(2))["x"].tolist() == [4, 5]
+
+
 def test_what_can_not_be_streamed_is_refused():
     process = fl.streamed(plain(), softmax_data(), fl.uniform(3))
     state = process.init(jax.random.key(0))
