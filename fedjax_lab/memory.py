@@ -45,12 +45,13 @@ def require(
     if needed > most:
         parts = {"examples": copies * examples, "client states": states, "a cohort's states": 2 * copies * ours}
         parts["the server's state"] = 2 * copies * model
+        told = ", ".join(f"{_gigabytes(n)} {what}" for what, n in parts.items())
         raise TooLittleMemory(
             f"this needs at least {_gigabytes(needed)} of memory and there are {_gigabytes(most)}"
-            f"{'' if shared else ' on each device'}: " + ", ".join(f"{_gigabytes(n)} {what}" for what, n in parts.items())
-            + ". Keep the examples in a file and stream them (FederatedData.save, FederatedData.open), take fewer "
-            "devices, clients or a smaller cohort, or an algorithm without client states"
-        )  # fmt: skip
+            f"{'' if shared else ' on each device'}: {told}. Keep the examples in a file "
+            "and stream them (FederatedData.save, FederatedData.open), take fewer devices, clients or a smaller cohort, "
+            "or an algorithm without client states"
+        )
 
 
 def size(tree: PyTree) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_lab import checks, devices, hosts, stored
+from fedjax_lab import checks, devices, hosts, memory, stored
 from fedjax_lab.cohort import Answers, count_bytes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
@@ -16,7 +16,7 @@ from fedjax_lab.process import Process, typed_key
 from fedjax_lab.round import Round, nbytes
 from fedjax_lab.sampling import Sampler, check_sampler, everyone
 from fedjax_lab.sharding import placed
-from fedjax_lab.states import ClientStates, empty_states
+from fedjax_lab.states import ClientStates, empty_states, of_population
 from fedjax_lab.turn import select
 
 PyTree = Any
@@ -75,17 +75,21 @@ def synchronous(
     checks.federated(data, "the data of synchronous(round, data, sampler)")
     check_sampler(sampler)
     sampler.init(data)
-    jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
+    server = jax.eval_shape(lambda key: round.init(key, data), jax.random.key(0))  # checks the data, computes nothing
     mesh, count = devices.checked(mesh), 1
     if mesh is None and stored.mapped(data):
         from fedjax_lab import streaming
 
         return streaming.streamed(round, data, sampler, lanes)
     _check_alike(data, lanes, mesh)
-    sizes, (data, specs, apart) = np.asarray(data.sizes), placed(data, mesh)
     if mesh is not None:
         count = mesh.shape[devices.AXIS]
-    check_room(sampler, data, lanes, count)
+    cohort = check_room(sampler, data, lanes, count)
+    clients = jax.eval_shape(lambda server, data: empty_states(round, server, data), server, data)
+    if not hosts.several():
+        shared = jax.local_devices()[0].platform == "cpu"
+        memory.require(data.arrays, clients.table, server, cohort, count, shared=shared)
+    sizes, (data, specs, apart) = np.asarray(data.sizes), placed(data, mesh)
 
     def start(key, data, params):
         server_key, run_key = jax.random.split(key)
@@ -122,7 +126,8 @@ def synchronous(
     return Process(
         init, step, data, mesh=mesh, specs=specs,
         params=lambda state: variables(state).params if lens else state.server,
-        variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
+        variables=variables, server=lambda state: state.server,
+        clients=lambda state: of_population(state.clients, len(sizes)), round=round,
     )  # fmt: skip
 
 
@@ -137,8 +142,8 @@ def _check_alike(data: FederatedData, lanes: int | None, mesh: Mesh | None) -> N
     hosts.agree({"lanes": lanes, "clients": data.num_clients, "the data's fields": fields, "the clients' sizes": sizes})
 
 
-def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: int) -> None:
-    """Refuse lanes or devices that a cohort can't fill."""
+def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: int) -> int:
+    """Refuse lanes or devices that a cohort can't fill; returns how many clients it has."""
     if lanes is not None:
         checks.positive(lanes, "lanes", integer=True)
     probe: Any = lambda ids: jnp.zeros(ids.shape)
@@ -156,6 +161,7 @@ def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: 
             f"lanes={lanes} on {count} device{'s' * (count > 1)} are more than a cohort's {cohort} clients: use at "
             f"most lanes={each}, or leave lanes to the engine"
         )
+    return cohort
 
 
 def _compiled(start, step, data: FederatedData, mesh: Mesh | None):
