@@ -49,7 +49,7 @@ def require(
         raise TooLittleMemory(
             f"this needs at least {_gigabytes(needed)} of memory and there are {_gigabytes(most)}"
             f"{'' if shared else ' on each device'}: {told}. Keep the examples in a file "
-            "and stream them (FederatedData.save, FederatedData.open), take fewer devices, clients or a smaller cohort, "
+            "and stream them (FederatedData.save, FederatedData.open), take fewer devices, clients a smaller cohort, "
             "or an algorithm without client states"
         )
 
