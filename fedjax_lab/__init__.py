@@ -62,11 +62,11 @@ from fedjax_lab.sampling import (
     weighted,
 )
 from fedjax_lab.simulation import SimulationState, synchronous
+from fedjax_lab.states import ClientStates
 from fedjax_lab.streaming import streamed
 from fedjax_lab.sweep import sweep
 from fedjax_lab.sweep_result import SweepResult
 from fedjax_lab.transforms.downlink import downlink
 from fedjax_lab.transforms.uplink import uplink
-from fedjax_lab.states import ClientStates
 
 __all__ = [name for name in dir() if not name.startswith("_")]

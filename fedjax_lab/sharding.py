@@ -79,5 +79,5 @@ def clients_each(clients: int, count: int) -> int:
 def _slice_or_rows(data: FederatedData, clients: np.ndarray) -> Any:
     """The clients' rows: as a slice where they lie together, so that a file is read where it is."""
     rows = data.rows_of(clients)
-    together = len(rows) and rows[-1] - rows[0] + 1 == len(rows)
+    together = len(rows) and bool((np.diff(rows) == 1).all())
     return slice(int(rows[0]), int(rows[-1]) + 1) if together else rows
