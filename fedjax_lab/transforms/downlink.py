@@ -43,8 +43,8 @@ def downlink(*links: Wire, deltas: bool = True) -> Transform:
         raise ValueError(f"{wire.name} works on sums, and a broadcast has none: use it for fl.uplink")
     if wire.init_client is not stateless:
         raise ValueError(
-            f"{wire.name} remembers what it lost, which downlink() does already: each client's reference is what it really "
-            "has. Give the link alone"
+            f"{wire.name} remembers what it lost, which downlink() does already: each client's reference is what it "
+            "really has. Give the link alone"
         )
     if any(link.bind is not None for link in wire.links):
         raise ValueError("noise on a broadcast protects nobody's upload: put it into fl.uplink")

@@ -15,6 +15,7 @@ from fedjax_lab.wire.chaining import chain
 PyTree = Any
 _TAG = 0x1174  # folded into keys that others fold from too
 _SERVER = 0x5E12
+_SINGLE = "this Round's looks at each client's upload"
 
 
 @jax.tree_util.register_dataclass
@@ -128,7 +129,9 @@ def _plain(round: Round, wire: Wire) -> Round:
             return inner.lift(opened, weight, message.inner, env)
         if is_mean_of_everything(inner, opened, weight, message.inner, env):
             return inner.lift(Opened(opened), weight, message.inner, env)
-        _refuse_sums(wire, "this Round's aggregator treats parts of an upload differently")
+        _refuse_sums(
+            wire, _SINGLE if inner.reduce is not None else "this Round's treats parts of an upload differently"
+        )
         return inner.lift(wire.decode(opened, ctx)[0], weight, message.inner, env)
 
     def finish(sums, env):
@@ -136,7 +139,7 @@ def _plain(round: Round, wire: Wire) -> Round:
         return Opened((mean.content, env)) if isinstance(mean, Opened) else mean
 
     def reduce(payloads, weights, ok, messages, env):
-        _refuse_sums(wire, "this Round's aggregator looks at each client's upload")
+        _refuse_sums(wire, _SINGLE)
         one = lambda payload, message: undo(wire, payload, _ctx(env, message.wire))
         uploads = jax.vmap(one)(payloads, messages)
         # What an absent client's zeros decode to is nobody's upload.
@@ -178,7 +181,7 @@ def is_mean_of_everything(aggregator: Aggregator, opened: PyTree, weight, messag
 
 def _refuse_sums(wire: Wire, why: str) -> None:
     if wire.collective or wire.init is not stateless:
-        raise ValueError(f"{wire.name} works on the mean of all uploads, but {why}")
+        raise ValueError(f"{wire.name} needs an aggregator that is a mean of whole uploads, but {why}")
 
 
 # ---- payloads of which only the sum may be looked at ----
@@ -187,7 +190,7 @@ def _refuse_sums(wire: Wire, why: str) -> None:
 def _protected(round: Round, wire: Wire, max_weight: Any, fixed: Any) -> Round:
     inner = round.aggregate
     if inner.reduce is not None:
-        raise ValueError(f"{wire.name} gives sums only, but this Round's aggregator looks at each client's upload")
+        raise ValueError(f"{wire.name} gives sums only, but {_SINGLE}")
 
     def lifted(out, message, env):
         weight = jnp.minimum(jnp.asarray(out.weight, jnp.float32), max_weight) / max_weight

@@ -59,19 +59,25 @@ def largest(vector: jax.Array, count: int) -> tuple[jax.Array, Positions]:
 
     Of equal magnitudes the first ones are taken. A NaN counts as larger than everything.
     """
-    words = largest_mask(vector, count)
-    where = positions(words, count)
-    size = vector.shape[0]
+    where, size = largest_positions(vector, count), vector.shape[0]
     if as_bitmap(count, size):
+        words = to_words(jnp.zeros(size, bool).at[where].set(True, unique_indices=True, indices_are_sorted=True))
         data = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(-1)[: -(-size // 8)]
     else:
         data = pack(where, index_bits(size)).data
     return vector.at[where].get(unique_indices=True, indices_are_sorted=True), Positions(data, count, size)
 
 
-def largest_mask(vector: jax.Array, count: int) -> jax.Array:
-    """A bitmap of the ``count`` entries of largest magnitude, ``uint32[ceil(d / 32)]``."""
+def largest_positions(vector: jax.Array, count: int) -> jax.Array:
+    """Where the ``count`` entries of largest magnitude stand, rising, ``int32[count]``."""
     magnitude = jax.lax.bitcast_convert_type(jnp.abs(vector.astype(jnp.float32)), jnp.uint32)
+    if vector.shape[0] <= SAMPLE:  # as quick, and compiled in a tenth of the time
+        return jnp.sort(jax.lax.top_k(magnitude.astype(jnp.int32), count)[1])
+    return positions(_mask(magnitude, count), count)
+
+
+def _mask(magnitude: jax.Array, count: int) -> jax.Array:
+    """A bitmap of the ``count`` largest, ``uint32[ceil(d / 32)]``."""
     low, high, above = _bracket(magnitude, count)
     sure = to_words(magnitude >= high)
     ties = to_words((magnitude >= low) & (magnitude < high))
@@ -88,7 +94,7 @@ def _bracket(magnitude: jax.Array, count: int) -> tuple[jax.Array, jax.Array, ja
     def reach(guess):
         return jnp.sum(magnitude >= guess, dtype=jnp.int32)
 
-    guesses = _guesses(magnitude, count) if size > SAMPLE else jnp.zeros(2, jnp.uint32)
+    guesses = _guesses(magnitude, count)
 
     # at_low >= count > at_high, until they meet or exactly count entries are found to reach `low`.
     def unfinished(carry):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fedjax_lab import checks
 from fedjax_lab.wire import hashing
 from fedjax_lab.wire.base import Like, Wire, float_size, unbounded
-from fedjax_lab.wire.selecting import largest_mask, positions
+from fedjax_lab.wire.selecting import largest_positions
 from fedjax_lab.wire.sparsify import amount, check_amount
 from fedjax_lab.wire.vectors import Vector, on_vector, size_of, unravel
 
@@ -140,7 +140,7 @@ def fetch_sgd(rows: int = 5, *, width: Any, k: Any, momentum: Any = 0.9) -> Wire
         error = ctx.state.error + velocity
         read = _median(family.read(error, size))
         count = amount(k, size, "k")
-        where = positions(largest_mask(read, count), count)
+        where = largest_positions(read, count)
         chosen = jnp.zeros(size, read.dtype).at[where].set(read[where], unique_indices=True)
         # What was applied is taken out of both tables: exactly of the error, and as buckets of the momentum.
         applied = family.table(chosen, rows)

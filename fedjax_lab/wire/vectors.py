@@ -38,7 +38,7 @@ def ravel(x: PyTree) -> tuple[jax.Array, tuple, Like]:
         raise ValueError(f"a link takes at most {LARGEST} float entries at once: divide them with wire.grouped(link)")
     kind = jnp.result_type(jnp.float32, *floats)
     parts = [leaf.astype(kind).reshape(-1) for leaf in floats]
-    vector = jnp.concatenate(parts) if len(parts) != 1 else parts[0]
+    vector = parts[0] if len(parts) == 1 else jnp.concatenate([jnp.zeros(0, kind), *parts])
     return vector, tuple(leaf for leaf in leaves if not is_float(leaf)), Like.of(x)
 
 

@@ -123,7 +123,7 @@ def counterexample(epsilon=0.5):
 
 
 def test_error_feedback_rescues_sign_descent():
-    """Signs of this subgradient only ever move along (1, -1), so that w1 + w2 = 2 for ever; with feedback it goes to 0."""
+    """Signs of this subgradient only ever move along (1, -1), so w1 + w2 stays 2; with feedback it goes to 0."""
     data = fl.FederatedData.from_clients({"a": {"x": np.zeros(1, np.float32)}})
     left = {}
     for name, link in {"sign": wire.sign(), "feedback": wire.error_feedback(wire.sign())}.items():

@@ -1,0 +1,64 @@
+"""Bytes of each client, and the seconds they take."""
+
+import jax
+import numpy as np
+import optax
+
+import fedjax_lab as fl
+from algorithms.fedavg import fedavg
+from fedjax_lab import wire
+from fedjax_lab.transforms.transfers import transfers
+from tests.problems import SIZES, softmax_data, softmax_model, steps
+from tests.refusals import raises
+
+BASE = fedavg(softmax_model(), optax.sgd(0.1), weighting="uniform")
+PAYLOAD, WHOLE = 3 * 4 + 2, 4 * 15
+
+
+def test_bytes_and_seconds_by_hand():
+    """Each way 0.5 s, 14 bytes up at 7 a second, 60 down at each client's own rate."""
+    rates = np.array([10.0, 20, 30, 40, 50, 60, 60, 60])
+    round = fl.compose(BASE, fl.uplink(wire.top_k(3)), transfers(up=7.0, down=rates, latency=0.5))
+    _, metrics = steps(fl.synchronous(round, softmax_data()), 1)
+    assert float(metrics["upload_size"]) == PAYLOAD
+    assert float(metrics["download_size"]) == WHOLE
+    np.testing.assert_allclose(metrics["transfer_seconds"], 1 + PAYLOAD / 7 + np.mean(WHOLE / rates), rtol=1e-6)
+
+
+def test_sizes_of_messages_that_travel_encoded():
+    round = fl.compose(BASE, fl.downlink(wire.qsgd(8)), transfers())
+    process = fl.synchronous(round, softmax_data())
+    state, first = steps(process, 1)
+    _, second = process.step(state, process.data)
+    assert float(first["download_size"]) == WHOLE
+    assert float(second["download_size"]) == 15 + 4
+    assert "transfer_seconds" not in first
+
+
+def test_samplers_see_each_clients_own_seconds():
+    """Such as deadlines: the metrics of single clients are theirs to read."""
+    data = fl.FederatedData.from_clients(
+        {k: {"x": np.ones((n, 4), np.float32), "y": np.zeros(n, np.int64)} for k, n in enumerate(SIZES)},
+    )
+    rates = np.arange(1.0, 9.0)
+    seen = []
+    inner = fl.everyone()
+
+    def update(state, ids, ok, metrics):
+        jax.debug.callback(lambda i, s: seen.append((np.asarray(i), np.asarray(s))), ids, metrics["transfer_seconds"])
+        return inner.update(state, ids, ok, metrics)
+
+    process = fl.synchronous(fl.compose(BASE, transfers(up=rates)), data, inner._replace(update=update))
+    steps(process, 1)
+    jax.effects_barrier()
+    ids, seconds = seen[0]
+    np.testing.assert_allclose(seconds, WHOLE / rates[ids], rtol=1e-6)
+
+
+def test_rates_that_make_no_sense():
+    raises(lambda: transfers(up=0), "up", "positive")
+    raises(lambda: transfers(down=[1.0, -1.0]), "down", "positive")
+    raises(lambda: transfers(latency=-0.1), "latency", "at least 0")
+    raises(lambda: transfers(up=float("nan")), "up")
+    build = lambda: fl.synchronous(fl.compose(BASE, transfers(up="bandwith")), softmax_data())
+    raises(build, "no attribute 'bandwith'")

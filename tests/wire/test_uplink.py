@@ -1,0 +1,340 @@
+"""Rounds whose uploads go through a wire: laws, bytes, states, and who counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import fedjax_lab as fl
+from algorithms.fedavg import fedavg
+from fedjax_lab import wire
+from tests.laws.table import ALGORITHMS
+from tests.problems import assert_close, assert_same_bits, softmax_data, softmax_model, steps
+from tests.refusals import raises
+
+MODEL, SGD = softmax_model(), optax.sgd(0.1)
+SIZE = 4 * 3 + 3
+COHORT = fl.uniform(5)
+
+
+def base(**options):
+    return fedavg(MODEL, SGD, **({"epochs": 1, "batch_size": 10} | options))
+
+
+def final(round, rounds=3, sampler=COHORT, **options):
+    process = fl.synchronous(round, softmax_data(empty=1), sampler, **options)
+    state, metrics = steps(process, rounds)
+    return process, state, metrics
+
+
+@pytest.fixture(scope="module")
+def plain():
+    process, state, _ = final(base())
+    return process.params(state)
+
+
+def test_identity_and_top_k_of_everything_are_the_inner_round(plain):
+    inner = base()
+    for link in (wire.identity(), wire.top_k(1.0), wire.chain(wire.identity(), wire.random_k(1.0))):
+        assert fl.compose(inner, fl.uplink(link)) is inner
+    assert fl.compose(inner, fl.uplink()) is inner
+    process, state, _ = final(fl.compose(inner, fl.uplink(wire.top_k(SIZE))))
+    assert_same_bits(process.params(state), plain)
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        wire.clip(1e6),
+        wire.hadamard(),
+        wire.kashin(),
+        wire.chain(wire.hadamard(), wire.kashin()),
+        wire.count_sketch(5, width=4096),
+        wire.grouped(wire.hadamard(), count=2),
+    ],
+    ids=lambda link: link.name,
+)
+def test_what_loses_nothing_changes_nothing(plain, link):
+    process, state, _ = final(fl.compose(base(), fl.uplink(link)))
+    assert_close(process.params(state), plain, atol=2e-6)
+
+
+def test_ef21_of_everything_and_everyone_is_the_inner_round():
+    data, round = softmax_data(), base(weighting="uniform")
+    link = wire.error_feedback(wire.top_k(SIZE), "ef21")
+    process, other = (fl.synchronous(r, data) for r in (round, fl.compose(round, fl.uplink(link))))
+    assert_close(other.params(steps(other, 3)[0]), process.params(steps(process, 3)[0]), atol=2e-6)
+
+
+LINKS = {
+    "sparse": wire.chain(wire.error_feedback(wire.top_k(0.3)), wire.quantize(8)),
+    "coded": wire.error_feedback(wire.chain(wire.top_k(0.3), wire.qsgd(6), wire.elias())),
+    "summed": wire.chain(wire.hadamard(), wire.random_k(0.5), wire.quantize(6)),
+    "own rotation": wire.eden(3),
+    "low rank": wire.error_feedback(wire.power_sgd(1)),
+    "sketch": wire.fetch_sgd(3, width=32, k=5),
+    "vote": wire.majority_vote(0.01),
+    "changes": wire.error_feedback(wire.top_k(4), "ef21"),
+}
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_the_engine_agrees_with_the_slow_twin(name):
+    """Parameters, memories and bytes of three rounds; one compilation; the state keeps its shapes and types."""
+    round = fl.compose(base(), fl.uplink(LINKS[name]))
+    process, state, metrics = final(round, lanes=2)
+    slow = fl.oracle_run(round, softmax_data(empty=1), COHORT, num_rounds=3)
+    assert_close(process.server(state), slow.server, atol=3e-6, rtol=1e-5)
+    for k, expected in slow.clients.items():
+        assert_close(jax.tree.map(lambda t, k=k: t[k], process.clients(state).table), expected, atol=3e-6, rtol=1e-5)
+    assert fl.total_bytes(metrics["uplink_bytes"]) == slow.metrics[-1]["uplink_bytes"]
+    assert process.step._cache_size() == 1
+    assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, process.init(jax.random.key(1)))
+
+
+FAST = ("fedavg_adam_kept", "fedadam", "scaffold")
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ALGORITHMS])
+def test_every_algorithm_goes_through_the_wire(name):
+    """Rounds scanned in one program: finite, and all uploads of the length that the links have."""
+    link = wire.chain(wire.error_feedback(wire.top_k(0.2)), wire.quantize(8))
+    round = fl.compose(ALGORITHMS[name].make(), fl.uplink(link))
+    process = fl.synchronous(round, softmax_data(), COHORT)
+    body = lambda state, _: process.step(state, process.data)
+    state, metrics = jax.jit(lambda s: jax.lax.scan(body, s, length=3))(process.init(jax.random.key(0)))
+    assert np.isfinite(metrics["loss"]).all()
+    sizes = {fl.total_bytes(b) for b in np.asarray(metrics["uplink_bytes"])}
+    assert len(sizes) == 1
+    assert all(np.isfinite(x).all() for x in map(np.asarray, jax.tree.leaves(process.params(state))))
+
+
+def test_bytes_are_those_of_the_payloads():
+    """By hand: 3 values and 3 positions of 4 bits; 15 codes of 4 bits and a norm; and so on."""
+    upload = jax.eval_shape(lambda: fl.Variables(*MODEL.init(jax.random.key(0))))
+    for link, each in (
+        (wire.top_k(3), 3 * 4 + 2),
+        (wire.random_k(3), 3 * 4),
+        (wire.rand_mask(3), 3 * 4 + 4),
+        (wire.qsgd(4), 8 + 4),
+        (wire.chain(wire.top_k(3), wire.quantize(8)), 3 + 8 + 2),
+        (wire.sign(), 2 + 4),
+        (wire.count_sketch(3, width=4), 3 * 4 * 4),
+    ):
+        assert wire.length(jax.eval_shape(lambda x, k=link: k.encode(x, (), wire.context(0))[0], upload)) == each, (
+            link.name
+        )
+    _, _, metrics = final(fl.compose(base(), fl.uplink(wire.top_k(3))), rounds=1)
+    assert fl.total_bytes(metrics["uplink_bytes"]) == 5 * (3 * 4 + 2)
+
+
+def test_many_seeds_and_learning_rates_at_once():
+    """A vmapped process: each cell is its own run."""
+    link = wire.chain(wire.error_feedback(wire.top_k(0.3)), wire.qsgd(6))
+    process = fl.synchronous(fl.compose(base(), fl.uplink(link)), softmax_data(), COHORT)
+    many = jax.jit(jax.vmap(lambda s: process.step(s, process.data)[0]))
+    keys = jax.random.split(jax.random.key(5), 2)
+    together = many(jax.tree.map(lambda *x: jnp.stack(x), *[process.init(k) for k in keys]))
+    for i, key in enumerate(keys):
+        alone = process.step(process.init(key), process.data)[0]
+        assert_close(process.params(alone), jax.tree.map(lambda x, i=i: x[i], process.params(together)))
+
+
+# ---- who counts ----
+
+
+def doctored(round, poison=None, silent=None, weightless=None):
+    """The round, with one client's upload poisoned, kept back, or of no weight."""
+
+    def client_update(message, state, client, key, tilt=fl.identity):
+        out = round.client_update(message, state, client, key, tilt=tilt)
+        upload = out.upload
+        if poison is not None:
+            hit = lambda u: u.at[(0,) * u.ndim].set(jnp.where(client.id == poison[0], poison[1], u[(0,) * u.ndim]))
+            upload = jax.tree.map(hit, upload)
+        sent = jnp.bool_(True) if silent is None else client.id != silent
+        weight = out.weight if weightless is None else jnp.where(client.id == weightless, 0, out.weight)
+        return out._replace(upload=upload, sent=sent, weight=weight)
+
+    return round._replace(client_update=client_update)
+
+
+@pytest.mark.parametrize(
+    ("link", "value"),
+    [
+        (wire.random_k(3), np.nan),
+        (wire.sign(0.1), np.inf),
+        (wire.error_feedback(wire.chain(wire.top_k(3), wire.qsgd(4))), 1e38),
+        (wire.majority_vote(0.1), -np.inf),
+    ],
+    ids=["random_k", "sign", "memory", "vote"],
+)
+def test_an_upload_that_is_not_finite_counts_as_absent(link, value):
+    """Also where the link would hide it: signs, and entries that are not drawn."""
+    data, everyone, villain = softmax_data(), fl.everyone(), 2
+    make = lambda **how: fl.compose(doctored(base(), **how), fl.uplink(link))
+    bad = fl.synchronous(make(poison=(villain, value)), data, everyone)
+    absent = fl.synchronous(make(weightless=villain), data, everyone)
+    (harmed, metrics), (spared, _) = steps(bad, 1), steps(absent, 1)
+    assert_same_bits(bad.server(harmed), absent.server(spared))
+    assert (int(metrics["non_finite"]), int(metrics["survivors"])) == (1, data.num_clients - 1)
+    for leaf in jax.tree.leaves(bad.clients(harmed).table):
+        assert not np.asarray(leaf[villain]).any()  # never written
+
+
+@pytest.mark.parametrize("how", ["silent", "weightless"])
+def test_a_client_whose_upload_does_not_count_keeps_its_memory(how):
+    """It lost nothing on the way, so there is nothing to make up for, and nothing is forgotten."""
+    data, link = softmax_data(), wire.error_feedback(wire.top_k(3))
+    quiet = doctored(base(), **{how: 2})
+    memory_of = lambda process, state: jax.tree.map(
+        lambda t: np.asarray(t[2]), process.clients(state).table.wire.memory
+    )
+    loud = fl.synchronous(fl.compose(base(), fl.uplink(link)), data)
+    after, _ = steps(loud, 1)
+    process = fl.synchronous(fl.compose(quiet, fl.uplink(link)), data)
+    state = process.init(jax.random.key(0))._replace(clients=after.clients)
+    before = memory_of(process, state)
+    assert any(np.abs(m).max() > 0 for m in jax.tree.leaves(before))
+    state, _ = process.step(state, process.data)
+    assert_same_bits(memory_of(process, state), before)
+
+
+# ---- sums only ----
+
+
+@pytest.mark.parametrize("weighting", ["examples", "uniform"])
+@pytest.mark.parametrize("links", [(), (wire.hadamard(),)], ids=["plain", "rotated"])
+def test_fixed_point_sums_are_the_plain_mean(weighting, links):
+    """To the step: 9 clients with entries up to 4 in 32 bits."""
+    round = base(weighting=weighting)
+    process, state, _ = final(round)
+    fixed = wire.fixed_point(limit=4.0, clients=9)
+    most = 30 if weighting == "examples" else 1
+    other, summed, metrics = final(fl.compose(round, fl.uplink(*links, fixed, max_weight=most)), lanes=2)
+    assert_close(other.params(summed), process.params(state), atol=2e-6)
+    width = 16 if links else SIZE
+    assert fl.total_bytes(metrics["uplink_bytes"]) == 5 * 4 * (width + 1)  # the weight travels under the same cover
+
+
+def test_weights_above_the_largest_are_cut_to_it():
+    cut = np.minimum(np.asarray(softmax_data(empty=1).sizes), 10).astype(np.float32)
+    process, state, _ = final(base(weighting=np.maximum(cut, 1e-9)))
+    fixed = wire.fixed_point(limit=4.0, clients=9)
+    other, summed, _ = final(fl.compose(base(), fl.uplink(fixed, max_weight=10)))
+    assert_close(other.params(summed), process.params(state), atol=2e-6)
+
+
+def test_what_does_not_fit_the_fixed_point_counts_as_absent():
+    fixed = wire.fixed_point(limit=1.0, clients=9)
+    data, everyone = softmax_data(), fl.everyone()
+    big = fl.compose(doctored(base(weighting="uniform"), poison=(2, 7.0)), fl.uplink(fixed, max_weight=1))
+    process = fl.synchronous(big, data, everyone)
+    _, metrics = steps(process, 1)
+    assert (int(metrics["non_finite"]), int(metrics["survivors"])) == (1, data.num_clients - 1)
+
+
+def test_central_noise_with_fixed_denominators():
+    """The sum of clipped updates over the expected number of clients, and noise of that scale."""
+    data, everyone = softmax_data(), fl.everyone()
+    round = base(weighting="uniform")
+    norm, expected = 0.05, 10.0
+    make = lambda z: fl.uplink(wire.clip(norm), wire.gaussian(z), max_weight=1, denominators=expected)
+    exact = fl.synchronous(fl.compose(round, make(0.0)), data, everyone)
+    start = exact.params(exact.init(jax.random.key(0)))
+    quiet = exact.params(steps(exact, 1)[0])
+    moved = jax.tree.map(lambda a, b: a - b, quiet, start)
+    assert float(optax.tree.norm(moved)) <= norm * data.num_clients / expected * (1 + 1e-6)
+    noisy = fl.synchronous(fl.compose(round, make(2.0)), data, everyone)
+    steps_ = jax.jit(jax.vmap(lambda k: noisy.params(noisy.step(noisy.init(k, start), noisy.data)[0])))
+    base_ = jax.jit(jax.vmap(lambda k: exact.params(exact.step(exact.init(k, start), exact.data)[0])))
+    keys = jax.random.split(jax.random.key(1), 300)
+    noise = jax.tree.map(lambda a, b: np.asarray(a - b).ravel(), steps_(keys), base_(keys))
+    got = np.concatenate(jax.tree.leaves(noise)).std()
+    # 4,500 draws: 5% are nearly five standard errors.
+    assert abs(got / (2.0 * norm / expected) - 1) < 0.05
+
+
+# ---- what is refused ----
+
+
+def median():
+    """An aggregator that looks at each upload."""
+    inner = fl.aggregators.mean()
+
+    def reduce(uploads, weights, ok, messages, env):
+        return jax.tree.map(
+            lambda u: jnp.nanmedian(jnp.where(ok.reshape(-1, *[1] * (u.ndim - 1)), u, jnp.nan), 0), uploads
+        )
+
+    return inner._replace(reduce=reduce)
+
+
+def test_an_aggregator_that_sees_every_upload_gets_it_opened():
+    data, everyone = softmax_data(), fl.everyone()
+    robust = base()._replace(aggregate=median())
+    process = fl.synchronous(robust, data, everyone)
+    for link in (wire.top_k(SIZE), wire.hadamard()):
+        other = fl.synchronous(fl.compose(robust, fl.uplink(link)), data, everyone)
+        assert_close(other.params(steps(other, 2)[0]), process.params(steps(process, 2)[0]), atol=2e-6)
+    for link in (wire.majority_vote(0.1), wire.power_sgd(1)):
+        raises(lambda k=link: fl.synchronous(fl.compose(robust, fl.uplink(k)), data), link.name, "each client's upload")
+    fixed = fl.uplink(wire.fixed_point(limit=1.0, clients=9), max_weight=1)
+    raises(lambda: fl.compose(robust, fixed), "fixed_point gives sums only")
+
+
+def parts_weighted_differently():
+    inner = fl.aggregators.mean()
+
+    return inner._replace(lift=lambda upload, weight, m, env: inner.lift(fl.Variables(*upload), weight, m, env))
+
+
+def test_an_aggregator_that_takes_uploads_apart_gets_them_opened_each(plain):
+    """Such as SCAFFOLD's pair of means: still right, but links that work on sums are refused."""
+    picky = base()._replace(aggregate=parts_weighted_differently())
+    process, state, _ = final(fl.compose(picky, fl.uplink(wire.hadamard())))
+    assert_close(process.params(state), plain, atol=2e-6)
+    vote = fl.compose(picky, fl.uplink(wire.majority_vote(0.1)))
+    raises(lambda: fl.synchronous(vote, softmax_data()), "majority_vote needs an aggregator", "parts of an upload")
+
+
+def test_arguments_that_make_no_sense_are_refused_when_the_round_is_built():
+    fixed, noise = wire.fixed_point(limit=1.0, clients=9), wire.chain(wire.clip(1.0), wire.gaussian(1.0))
+    for make, words in (
+        (lambda: fl.uplink(fixed), ("fixed_point must be summed", "max_weight")),
+        (lambda: fl.uplink(noise, max_weight=1), ("noise", "denominators")),
+        (lambda: fl.uplink(noise, fixed, max_weight=1), ("denominators",)),
+        (lambda: fl.uplink(fixed, max_weight=0), ("max_weight", "positive")),
+        (lambda: fl.uplink(noise, max_weight=1, denominators=-1), ("denominators", "positive")),
+        (lambda: fl.uplink(wire.top_k(3), max_weight=1), ("max_weight is for links that must be summed", "top_k")),
+        (lambda: fl.uplink(wire.top_k), ("call it",)),
+        (lambda: fl.uplink(0.1), ("made of links",)),
+    ):
+        raises(make, *words)
+
+
+def test_what_depends_on_shapes_is_refused_when_the_process_is_built():
+    data = softmax_data()
+    build = lambda *links, **options: fl.synchronous(fl.compose(base(), fl.uplink(*links, **options)), data)
+    raises(lambda: build(wire.top_k(16)), "top_k was asked for 16 entries", "has 15")
+    raises(lambda: build(wire.split({"conv": wire.top_k(2)})), "no parameter's name has 'conv'", "params/w")
+    raises(lambda: build(wire.fixed_point(limit=1.0, clients=4), max_weight=1), "sums of 4 clients", "cohort has 8")
+
+
+# ---- memories survive ----
+
+
+def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
+    """Memories of clients and server, and references, are part of the state: 2 + 2 rounds are 4."""
+    links = wire.error_feedback(wire.chain(wire.power_sgd(1))), wire.identity()
+    make = lambda: fl.synchronous(
+        fl.compose(base(), fl.uplink(*links), fl.downlink(wire.qsgd(6))), softmax_data(), fl.uniform(5)
+    )
+    options = {"every": 2, "progress": False}
+    whole = fl.run(make(), 4, **options)
+    fl.run(make(), 2, out=tmp_path, **options)
+    resumed = fl.run(make(), 4, out=tmp_path, **options)
+    assert_same_bits(resumed.state, whole.state)
+    assert resumed.uplink_bytes == whole.uplink_bytes == sum(r["uplink_bytes"] for r in whole.metrics)
+    assert resumed.downlink_bytes == whole.downlink_bytes
