@@ -61,7 +61,8 @@ def _equation(eqn: JaxprEqn) -> JaxprEqn:
 
 def _as_canonical(eqn: JaxprEqn) -> JaxprEqn:
     """The same convolution between transposes, as one call: a program of the same types in the old one's place."""
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    operands: list[Any] = [v.aval for v in eqn.invars]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
     call = jax.make_jaxpr(jax.jit(lambda lhs, rhs: canonical(lhs, rhs, eqn.params)))(*shapes).jaxpr.eqns[0]
     return eqn.replace(primitive=call.primitive, params=call.params)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax import core
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from fedjax_lab import convolutions
@@ -38,7 +39,7 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
     structure = jax.tree.structure(shape)
 
     def call(*arguments):
-        out = jax.core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(arguments))
+        out = core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(arguments))
         return jax.tree.unflatten(structure, out)
 
     return Program(call, flops(traced.jaxpr))
@@ -52,12 +53,13 @@ def flops(jaxpr: Jaxpr) -> float:
 
 
 def _own_flops(eqn: JaxprEqn) -> float:
-    size = lambda v: math.prod(v.aval.shape)
+    shape: Callable[[Any], tuple[int, ...]] = lambda v: v.aval.shape
+    size = lambda v: math.prod(shape(v))
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
-        return 2.0 * size(eqn.outvars[0]) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+        return 2.0 * size(eqn.outvars[0]) * math.prod(shape(eqn.invars[0])[i] for i in contracted)
     if eqn.primitive.name == convolutions.CONVOLUTION:
-        kernel = eqn.invars[1].aval.shape
+        kernel = shape(eqn.invars[1])
         outputs = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return 2.0 * size(eqn.outvars[0]) * math.prod(kernel) / outputs
     return 0.0
