@@ -3,8 +3,8 @@
 Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, section 5 and figures 1 and 2. Thirty
 clients with power-law sizes, softmax regression from zero, 10 clients a round, 20 local epochs of SGD. Where
 clients straggle, FedAvg leaves them out and FedProx takes the 1 to 19 epochs that they managed. In the paper's code
-a fixed number of each round's clients straggles; here each one does with the given probability. A seed
-draws the data that it draws in the paper's code.
+a fixed number of each round's clients straggles; here each one does with the given probability. (Seed 3 is left out
+by default: it draws a client of 37,867 examples, which would take most of the time.)
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class Config:
     """Probabilities that a client straggles in a round."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of data and training; with more than half of the clients straggling, those of many_seeds."""
-    many_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    many_seeds: tuple[int, ...] = (0, 1, 2, 4, 5)
     """Seeds where most clients straggle, which is noisier."""
     num_rounds: int = 200
     """Rounds."""
