@@ -51,22 +51,15 @@ def synthetic(
     checks.positive(num_clients, "num_clients", integer=True)
     checks.positive(dim, "dim", integer=True)
     checks.positive(num_classes, "num_classes", integer=True)
-    # NumPy's older generator, in the published script's order of draws: seed s gives the data that the script
-    # gives after numpy.random.seed(s).
-    rng = np.random.RandomState(seed)
+    rng = np.random.default_rng(seed)
     sizes = rng.lognormal(_SIZE_MEAN, _SIZE_SIGMA, num_clients).astype(int) + _SIZE_MIN
-    u, B = rng.normal(0.0, alpha, num_clients), rng.normal(0.0, beta, num_clients)
-    v = np.zeros((num_clients, dim)) if iid else np.stack([rng.normal(B[k], 1.0, dim) for k in range(num_clients)])
-    one = _model(rng, 0.0, dim, num_classes) if iid else None
-    models, clients = [], []
+    spread = np.arange(1, dim + 1) ** -0.6  # the square roots of Sigma's diagonal
+    W, b, v = _parameters(rng, alpha, beta, num_clients, iid, dim, num_classes)
+    clients = []
     for k, size in enumerate(sizes):
-        own = _model(rng, u[k], dim, num_classes)
-        W, b = one or own
-        x = rng.multivariate_normal(v[k], np.diag(np.arange(1, dim + 1) ** -1.2), size)
-        y = np.argmax(x @ W + b, axis=1)
-        models.append((W, b))
+        x = v[k] + spread * rng.standard_normal((size, dim))
+        y = np.argmax(x @ W[k] + b[k], axis=1)
         clients.append((k, {"x": x.astype(np.float32), "y": y.astype(np.int32)}))
-    W, b = (np.stack(part) for part in zip(*models, strict=True))
     attrs = {"W": W.astype(np.float32), "b": b.astype(np.float32)}
     return Split(*FederatedData.from_clients(clients, attrs).split(0.9, seed))
 
@@ -76,5 +69,13 @@ def synthetic_iid(num_clients: int = 30, **options) -> Split:
     return synthetic(0.0, 0.0, num_clients, iid=True, **options)
 
 
-def _model(rng: np.random.RandomState, mean: float, dim: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    return rng.normal(mean, 1.0, (dim, num_classes)), rng.normal(mean, 1.0, num_classes)
+def _parameters(rng, alpha, beta, num_clients, iid, dim, num_classes):
+    if iid:
+        W, b = rng.standard_normal((dim, num_classes)), rng.standard_normal(num_classes)
+        repeat = lambda a: np.broadcast_to(a, (num_clients, *a.shape))
+        return repeat(W), repeat(b), np.zeros((num_clients, dim))
+    u = rng.normal(0.0, alpha, num_clients)
+    W = u[:, None, None] + rng.standard_normal((num_clients, dim, num_classes))
+    b = u[:, None] + rng.standard_normal((num_clients, num_classes))
+    v = rng.normal(0.0, beta, num_clients)[:, None] + rng.standard_normal((num_clients, dim))
+    return W, b, v
