@@ -244,7 +244,8 @@ def _wrapped(round: Round, wire: Wire, client_update, aggregate, server_update, 
         server = round.init(key, data, params)
         if wire.init is stateless and wire.init_client is stateless:
             return UplinkServer(server, ())
-        like = jax.eval_shape(lambda server: _example(round, server, data, encoded), server)
+        # The data as an argument: their shapes are enough, and no array of them is looked at.
+        like = jax.eval_shape(lambda server, data: _example(round, server, data, encoded), server, data)
         return UplinkServer(server, wire.init(like), Like.of(like))
 
     def init_client(server, client):

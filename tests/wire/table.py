@@ -22,7 +22,7 @@ LOSSLESS = {
     "top_k of all": wire.top_k(SIZE),
     "hadamard": wire.hadamard(),
     "kashin": wire.kashin(),
-    "dense_rotation": wire.grouped(wire.dense_rotation(), size=100),
+    "dense_rotation": wire.grouped(wire.dense_rotation(), size=64),
     "clip of nothing": wire.clip(1e6),
     "grouped hadamard": wire.grouped(wire.hadamard(), count=3),
 }

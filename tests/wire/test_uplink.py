@@ -79,7 +79,10 @@ LINKS = {
 }
 
 
-@pytest.mark.parametrize("name", LINKS)
+SLOW = ("coded", "own rotation", "vote", "changes")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LINKS])
 def test_the_engine_agrees_with_the_slow_twin(name):
     """Parameters, memories and bytes of three rounds; one compilation; the state keeps its shapes and types."""
     round = fl.compose(base(), fl.uplink(LINKS[name]))
@@ -139,6 +142,18 @@ def test_many_seeds_and_learning_rates_at_once():
     for i, key in enumerate(keys):
         alone = process.step(process.init(key), process.data)[0]
         assert_close(process.params(alone), jax.tree.map(lambda x, i=i: x[i], process.params(together)))
+
+
+def test_cells_of_a_sweep_over_clip_norms_are_their_own_runs():
+    data = softmax_data()
+
+    def make(max_norm):
+        return fl.synchronous(fl.compose(base(), fl.uplink(wire.clip(max_norm))), data, COHORT)
+
+    many = fl.sweep(make, 2, seeds=[3], max_norm=[0.05, 0.2])
+    for i, max_norm in enumerate((0.05, 0.2)):
+        alone = fl.run(make(max_norm), 2, seed=3, progress=False)
+        assert_close(jax.tree.map(lambda x, i=i: x[i, 0], many.params), alone.params, atol=2e-6)
 
 
 # ---- who counts ----
