@@ -67,6 +67,7 @@ from fedjax_lab.streaming import streamed
 from fedjax_lab.sweep import sweep
 from fedjax_lab.sweep_result import SweepResult
 from fedjax_lab.transforms.downlink import downlink
+from fedjax_lab.transforms.transfers import transfers
 from fedjax_lab.transforms.uplink import uplink
 
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -1,6 +1,21 @@
 """What travels between clients and the server, and what it costs: "optax for the wire".
 
 Links chain: ``fl.uplink(fl.wire.error_feedback(fl.wire.top_k(0.05)), fl.wire.qsgd(8))``.
+
+=========================  ==========================================================================================
+few entries                top_k, random_k, rand_mask, threshold
+few bits an entry          quantize, qsgd, natural, terngrad, sign, majority_vote, one_bit, lloyd_max, eden, drive
+even spread, before those  hadamard, kashin, dense_rotation
+low rank                   low_rank, factorize, power_sgd
+sketches                   count_sketch, count_mean_sketch, fetch_sgd
+memories around a link     error_feedback, momentum_correction
+parts of a model           grouped, split
+shorter words, put last    elias, golomb
+bounds, noise, exact sums  clip, gaussian, fixed_point
+=========================  ==========================================================================================
+
+``round_trip(link, x)`` shows what arrives and how many bytes it took. Write your own link as ``Wire(encode, open,
+decode, ...)``, or from two functions of one vector as ``wire.vectors.on_vector`` does.
 """
 
 from fedjax_lab.wire.base import Ctx, Wire, context, identity, round_trip, undo

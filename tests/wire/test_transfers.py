@@ -7,7 +7,6 @@ import optax
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from fedjax_lab import wire
-from fedjax_lab.transforms.transfers import transfers
 from tests.problems import SIZES, softmax_data, softmax_model, steps
 from tests.refusals import raises
 
@@ -18,7 +17,7 @@ PAYLOAD, WHOLE = 3 * 4 + 2, 4 * 15
 def test_bytes_and_seconds_by_hand():
     """Each way 0.5 s, 14 bytes up at 7 a second, 60 down at each client's own rate."""
     rates = np.array([10.0, 20, 30, 40, 50, 60, 60, 60])
-    round = fl.compose(BASE, fl.uplink(wire.top_k(3)), transfers(up=7.0, down=rates, latency=0.5))
+    round = fl.compose(BASE, fl.uplink(wire.top_k(3)), fl.transfers(up=7.0, down=rates, latency=0.5))
     _, metrics = steps(fl.synchronous(round, softmax_data()), 1)
     assert float(metrics["upload_size"]) == PAYLOAD
     assert float(metrics["download_size"]) == WHOLE
@@ -26,7 +25,7 @@ def test_bytes_and_seconds_by_hand():
 
 
 def test_sizes_of_messages_that_travel_encoded():
-    round = fl.compose(BASE, fl.downlink(wire.qsgd(8)), transfers())
+    round = fl.compose(BASE, fl.downlink(wire.qsgd(8)), fl.transfers())
     process = fl.synchronous(round, softmax_data())
     state, first = steps(process, 1)
     _, second = process.step(state, process.data)
@@ -48,7 +47,7 @@ def test_samplers_see_each_clients_own_seconds():
         jax.debug.callback(lambda i, s: seen.append((np.asarray(i), np.asarray(s))), ids, metrics["transfer_seconds"])
         return inner.update(state, ids, ok, metrics)
 
-    process = fl.synchronous(fl.compose(BASE, transfers(up=rates)), data, inner._replace(update=update))
+    process = fl.synchronous(fl.compose(BASE, fl.transfers(up=rates)), data, inner._replace(update=update))
     steps(process, 1)
     jax.effects_barrier()
     ids, seconds = seen[0]
@@ -56,9 +55,9 @@ def test_samplers_see_each_clients_own_seconds():
 
 
 def test_rates_that_make_no_sense():
-    raises(lambda: transfers(up=0), "up", "positive")
-    raises(lambda: transfers(down=[1.0, -1.0]), "down", "positive")
-    raises(lambda: transfers(latency=-0.1), "latency", "at least 0")
-    raises(lambda: transfers(up=float("nan")), "up")
-    build = lambda: fl.synchronous(fl.compose(BASE, transfers(up="bandwith")), softmax_data())
+    raises(lambda: fl.transfers(up=0), "up", "positive")
+    raises(lambda: fl.transfers(down=[1.0, -1.0]), "down", "positive")
+    raises(lambda: fl.transfers(latency=-0.1), "latency", "at least 0")
+    raises(lambda: fl.transfers(up=float("nan")), "up")
+    build = lambda: fl.synchronous(fl.compose(BASE, fl.transfers(up="bandwith")), softmax_data())
     raises(build, "no attribute 'bandwith'")
