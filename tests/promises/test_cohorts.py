@@ -137,7 +137,6 @@ def test_a_hundred_rounds_are_compiled_once():
         state, metrics = process.step(state, process.data)
         cohorts.add(float(metrics["loss"]))
     assert len(traced) == first
-    assert process.step._cache_size() == 1
     assert len(cohorts) > 50  # the cohorts did vary
 
 

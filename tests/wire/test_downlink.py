@@ -9,6 +9,7 @@ import pytest
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from fedjax_lab import wire
+from tests.compiling import compiled_once
 from tests.problems import assert_close, assert_same_bits, softmax_data, softmax_model, steps
 from tests.refusals import refused
 
@@ -127,9 +128,9 @@ def test_both_directions_with_evaluation():
     other = fl.compose(base(), fl.uplink(wire.error_feedback(wire.top_k(0.3))), fl.downlink(wire.qsgd(6)))
     for r in (round, other):
         process = fl.synchronous(r, data, fl.uniform(5), lanes=2)
-        state, metrics = steps(process, 3)
+        with compiled_once():
+            state, metrics = steps(process, 3)
         assert np.isfinite(metrics["loss"])
-        assert process.step._cache_size() == 1
         report = fl.per_client_accuracy(data)(process, state)
         assert 0 < report["accuracy"] <= 1
     # A tilt outside of the wire pulls towards what the client received.
