@@ -15,7 +15,7 @@ from fedjax_lab.wire.chaining import chain
 PyTree = Any
 _TAG = 0x1174  # folded into keys that others fold from too
 _SERVER = 0x5E12
-_SINGLE = "this Round's looks at each client's upload"
+_SINGLE, _PARTS = "this Round's looks at each client's upload", "this Round's treats parts of an upload differently"
 
 
 @jax.tree_util.register_dataclass
@@ -129,9 +129,7 @@ def _plain(round: Round, wire: Wire) -> Round:
             return inner.lift(opened, weight, message.inner, env)
         if is_mean_of_everything(inner, opened, weight, message.inner, env):
             return inner.lift(Opened(opened), weight, message.inner, env)
-        _refuse_sums(
-            wire, _SINGLE if inner.reduce is not None else "this Round's treats parts of an upload differently"
-        )
+        _refuse_sums(wire, _PARTS if inner.reduce is None else _SINGLE)
         return inner.lift(wire.decode(opened, ctx)[0], weight, message.inner, env)
 
     def finish(sums, env):
