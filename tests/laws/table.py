@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import optax
+import pytest
 
 import fedjax_lab as fl
 from algorithms._template import template
@@ -114,3 +115,8 @@ ALGORITHMS = {
     "reptile": over_fedavg(reptile(0.5), fine_tuning()),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
+
+
+def sometimes(*always: str) -> list:
+    """All algorithms, those not named marked slow, so that the whole suite stays under a quarter of an hour."""
+    return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
