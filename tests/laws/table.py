@@ -117,6 +117,12 @@ ALGORITHMS = {
 }
 
 
+VARIANTS = {
+    "fedavg_nesterov", "fedavg_adagrad", "fedavg_rmsprop", "scaffold_option_1", "fedpd_skipping", "term_hierarchical",
+    "apfl_learned", "per_fedavg_first_order", "per_fedavg_hessian_free",
+}  # fmt: skip
+
+
 def sometimes(*always: str) -> list:
     """All algorithms, those not named marked slow, so that the whole suite stays under a quarter of an hour."""
     return [name if name in always else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
