@@ -7,4 +7,5 @@ from fedjax_lab.transforms.meta import meta_sgd, per_fedavg, reptile, with_rates
 from fedjax_lab.transforms.personal import fine_tuning, personal_model
 from fedjax_lab.transforms.pfedme import moreau, pfedme
 from fedjax_lab.transforms.private import batch_norm, leaves, private, statistics
+from fedjax_lab.transforms.reconstruction import reconstruction
 from fedjax_lab.transforms.tilting import proximal, tilted
