@@ -135,14 +135,18 @@ def _no_probe(ids):
 
 def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key, serving):
     sums: Any = None
+    quiet: Any = None  # zeros, once somebody has answered, if only by keeping its upload to itself
+    kept: list[Any] = []  # of each slot, for aggregators that see all uploads
     ok: list[bool] = []
     uplink, total_weight, weighted = 0, 0.0, {}
     for k, present in zip(np.asarray(env.ids).tolist(), np.asarray(env.present).tolist(), strict=True):
-        counted = False
+        counted, slot = False, None
         if present:
             output, message = _turn(round, server, clients, data, env, clients_key, k)
             lifted = round.aggregate.lift(output.upload, jnp.float32(output.weight), message, env)
             alive = _finite((lifted, output.weight, output.state, output.metrics))
+            if alive and "moves_alone" in round.traits:
+                quiet = jax.tree.map(jnp.zeros_like, lifted)
             counted = alive and bool(output.sent) and float(output.weight) > 0
             if alive:
                 clients[k] = output.state
@@ -150,19 +154,29 @@ def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key,
                 uplink += nbytes(output.upload) if output.bytes_up is None else int(output.bytes_up)
             if counted:
                 sums = lifted if sums is None else jax.tree.map(lambda a, b: a + b, sums, lifted)
+                slot = (output.upload, jnp.float32(output.weight), jnp.bool_(True), message)
                 total_weight += float(output.weight)
                 for name, value in output.metrics.items():
                     weighted[name] = weighted.get(name, 0.0) + float(output.weight) * float(value)
         ok.append(counted)
+        kept.append(slot)
     record: dict[str, Any] = {"survivors": sum(ok), "uplink_bytes": uplink}
     record |= {name: value / total_weight for name, value in weighted.items()}
     if not any(ok):
-        return server, record, ok
-    if round.aggregate.reduce is not None:
-        raise ValueError("oracle_run covers additive aggregators only")
+        if quiet is None or round.aggregate.reduce is not None:
+            return server, record, ok
+        sums = quiet
     env = env._replace(survivors=jnp.int32(sum(ok)))
-    server, more = round.server_update(server, round.aggregate.finish(sums, env), serving)
+    reduce = round.aggregate.reduce
+    aggregate = round.aggregate.finish(sums, env) if reduce is None else reduce(*_stacked(kept), env)
+    server, more = round.server_update(server, aggregate, serving)
     return server, record | more, ok
+
+
+def _stacked(kept: list) -> tuple:
+    """Uploads, weights, whether they count, and messages of all slots; zeros for those that don't."""
+    nothing = jax.tree.map(jnp.zeros_like, next(slot for slot in kept if slot is not None))
+    return jax.tree.map(lambda *x: jnp.stack(x), *[nothing if slot is None else slot for slot in kept])
 
 
 def _turn(round: Round, server, clients: dict, data: FederatedData, env: Env, clients_key, k: int):
