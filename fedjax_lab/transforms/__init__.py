@@ -2,6 +2,7 @@
 
 from fedjax_lab.transforms.apfl import apfl
 from fedjax_lab.transforms.control_variates import control_variates
+from fedjax_lab.transforms.coupling import coupling, in_clusters
 from fedjax_lab.transforms.gradient_rounds import gradient_rounds, idle_in_even_rounds
 from fedjax_lab.transforms.knn import nearest_neighbours
 from fedjax_lab.transforms.meta import meta_sgd, per_fedavg, reptile, with_rates

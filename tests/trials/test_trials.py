@@ -101,17 +101,6 @@ def test_ifca_separates_two_kinds_of_clients():
     assert report["accuracy_worst10"] < 0.5
 
 
-def test_per_client_broadcast_with_full_coupling_and_a_stiff_pull_keeps_tasks_together():
-    data = softmax_data()
-    n = data.num_clients
-    spread = {}
-    for name, coupling, lam in (("mean", jnp.full((n, n), 1 / n), 8.0), ("own", jnp.eye(n), 0.0)):
-        process = fl.synchronous(rounds.per_client_broadcast(MODEL, SGD, lam, coupling), data, fl.uniform(n))
-        rows = process.server(steps(process, 5)[0])["w"]
-        spread[name] = float(jnp.std(rows, axis=0).mean())
-    assert 0 < spread["mean"] < 0.5 * spread["own"]
-
-
 def test_sketches_are_summed_before_they_are_decoded():
     data = softmax_data()
     wide = fl.compose(base(), fl.uplink(wire.count_sketch(5, width=512)))

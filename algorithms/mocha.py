@@ -1,0 +1,280 @@
+"""MOCHA (Smith et al., "Federated Multi-Task Learning", NIPS 2017, algorithm 1).
+
+``min_W,Omega sum_t sum_i l(x_ti'w_t, y_ti) + R(W, Omega)``: a linear model for each client, coupled by a regularizer.
+With Omega fixed, the dual is solved by stochastic dual coordinate ascent on the clients: client t goes on with the
+dual variables alpha_t of its examples (line 6, the data-local subproblem of equation 4) and sends the change of
+``v_t = X_t alpha_t`` (line 7), however far it came: little work and dropped nodes slow it down and change nothing else
+(theorem 1). The server keeps v and ``W = V M`` (line 9), and learns Omega between rounds (lines 10 and 11). The
+regularizers are in :mod:`algorithms.mocha_couplings`.
+
+Kept per client: alpha, a number for each example (of the largest client: states have one shape). Kept on the server:
+v, W and Omega, a row for each client. Travels: the client's own w_t and a number down; a vector of that length and
+two numbers up.
+
+Deviations: coordinates are taken in random order without repeats, instead of drawn; sigma' is the smallest safe one of
+equation 5 for all clients, computed, instead of the bound of lemma 9.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+import fedjax_lab as fl
+from algorithms import mocha_couplings
+from algorithms.mocha_couplings import Coupling
+from algorithms.mocha_losses import DualLoss, excess, named
+
+
+class MochaState(NamedTuple):
+    """The server's state.
+
+    Attributes:
+      v: ``float32[tasks, features]``, the rows ``X_t alpha_t``.
+      w: ``float32[tasks, features]``, the tasks' models.
+      omega: ``float32[tasks, tasks]``, the relationship matrix.
+      covariance: ``float32[tasks, tasks]``, the M of the coupling.
+      sigma: ``float32[]``, the paper's sigma'.
+      round: ``int32[]``, rounds done.
+      slots: ``float32[largest client, 0]``, nothing but the length of the clients' alpha.
+    """
+
+    v: jax.Array
+    w: jax.Array
+    omega: jax.Array
+    covariance: jax.Array
+    sigma: jax.Array
+    round: jax.Array
+    slots: jax.Array
+
+
+class MochaMessage(NamedTuple):
+    """The client's own model ``w: float32[features]`` and ``curvature: float32[]``, sigma' M_tt."""
+
+    w: jax.Array
+    curvature: jax.Array
+
+
+class MochaUpload(NamedTuple):
+    """The change of the client's v, its share of the duality gap before it worked, and how well it worked."""
+
+    delta_v: jax.Array
+    gap: jax.Array
+    theta: jax.Array
+
+
+class Solved(NamedTuple):
+    """Sums over a client's examples, ``float32[]`` each.
+
+    Attributes:
+      loss: of the model received.
+      gap: of the client's share of the duality gap, at what it had and was sent.
+      left: of the subproblem's own duality gap, after the work.
+      gained: what the work gained in the subproblem, but for its quadratic term.
+    """
+
+    loss: jax.Array
+    gap: jax.Array
+    left: jax.Array
+    gained: jax.Array
+
+
+def mocha(
+    *,
+    loss: str = "hinge",
+    coupling: Coupling | None = None,
+    epochs: fl.Work | None = None,
+    steps: fl.Work | None = None,
+    omega_every: int = 1,
+    sigma_prime: Any = None,
+    bias: bool = False,
+) -> fl.Round:
+    """A linear model for each client, coupled by a relationship matrix that is learned with them.
+
+    The data have features ``"x"`` and targets ``"y": [examples]``. There is no model and no optimizer to choose: the
+    dual is solved coordinate by coordinate, exactly in the limit. Metrics: ``loss``, the mean over clients;
+    ``duality_gap`` at the round's start, summed over all clients (if some are absent, scaled up from the others);
+    ``thetas: float32[clients]``, an upper bound of the paper's theta for each (0: it solved its subproblem, 1: it did
+    nothing, as those who don't take part), taken from the subproblem's duality gap; ``theta``, its mean over those
+    who took part.
+
+    Args:
+      loss: ``"hinge"``, ``"logistic"`` (targets -1 and 1) or ``"squared"`` (half the square), summed over examples.
+      coupling: of :mod:`algorithms.mocha_couplings`; by default ``mean_regularized(1.0, 1.0)``.
+      epochs: passes over a client's examples each round, its budget: 1 by default; or ``(client, key) -> epochs``.
+      steps: single coordinates instead.
+      omega_every: after how many rounds the relationship matrix is learned anew.
+      sigma_prime: the paper's sigma' instead of the smallest safe one.
+      bias: add a feature that is always 1; its weight is regularized like the others.
+
+    Raises:
+      ValueError: an unknown loss, work that isn't positive, what is no coupling; when a Process is built: data
+        without fields ``x`` and ``y``, targets other than -1 and 1 for hinge and logistic loss, a coupling of another
+        number of clients, initial parameters (the dual begins at W = 0); when it is traced: a transform that changes
+        gradients.
+    """
+    dual = named(loss)
+    coupling = mocha_couplings.mean_regularized(1.0, 1.0) if coupling is None else coupling
+    if not isinstance(coupling, Coupling):
+        raise ValueError(
+            f"coupling must come from algorithms.mocha_couplings, such as trace_norm(0.1); got "
+            f"{fl.checks.shown(coupling)}. For a matrix of your own: fixed(omega)"
+        )
+    if epochs is not None and steps is not None:
+        raise ValueError("give epochs= or steps=, not both")
+    work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
+    fl.checks.positive(work, unit, integer=True)
+    fl.checks.positive(omega_every, "omega_every", integer=True)
+    if sigma_prime is not None:
+        fl.checks.positive(sigma_prime, "sigma_prime")
+
+    def measured(omega):
+        covariance = jnp.asarray(coupling.covariance(omega), jnp.float32)
+        sigma = mocha_couplings.safe_sigma(covariance) if sigma_prime is None else sigma_prime
+        return jnp.asarray(omega, jnp.float32), covariance, jnp.asarray(sigma, jnp.float32)
+
+    def init(key, data, params=None):
+        if params is not None:
+            raise ValueError("mocha() takes no initial parameters: its dual variables, and so its models, begin at 0")
+        width = _check(data, dual, bias)
+        rows = jnp.zeros((data.num_clients, width), jnp.float32)
+        omega, covariance, sigma = measured(coupling.start(data.num_clients))
+        slots = jnp.zeros((max(data.max_size, 1), 0), jnp.float32)
+        return MochaState(rows, rows, omega, covariance, sigma, jnp.int32(0), slots)
+
+    def broadcast(server, state, client, key):
+        tasks = len(server.w)
+        k = jnp.clip(client.id, 0, tasks - 1)
+        known = (client.id >= 0) & (client.id < tasks)  # whoever isn't gets the tasks' mean
+        return MochaMessage(jnp.where(known, server.w[k], server.w.mean(0)), server.sigma * server.covariance[k, k])
+
+    def client_update(message, state, client, key, tilt=fl.identity):
+        if tilt is not fl.identity:
+            raise ValueError("mocha() solves its dual coordinate by coordinate: there is no gradient to change")
+        # Not in init, which an evaluation on other clients' data runs too.
+        if getattr(client, "population", None) is not None:
+            coupling.check(client.population)
+        amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work
+        new, delta_v = _ascend(dual, bias, message, state, client, key, {unit: amount})
+        sums = _examined(dual, bias, message, state, new, delta_v, client)
+        gained = jnp.maximum(sums.gained - 0.5 * message.curvature * jnp.sum(delta_v**2), 0)
+        theta = jnp.where(sums.left > 0, sums.left / (sums.left + gained), 0)
+        return fl.ClientOutput(
+            upload=MochaUpload(delta_v, sums.gap, theta),
+            weight=fl.client_weight("uniform", client),
+            state=new,
+            metrics={"loss": sums.loss / jnp.maximum(client.size, 1), "theta": theta},
+        )
+
+    def reduce(uploads, weights, ok, messages, env):
+        gap = jnp.sum(uploads.gap) / jnp.maximum(jnp.sum(ok), 1) * env.population
+        return jnp.where(ok, env.ids, env.population), uploads, gap
+
+    def server_update(server, aggregate, key):
+        ids, uploads, gap = aggregate
+        v = server.v.at[ids].add(uploads.delta_v, mode="drop")
+        thetas = jnp.ones(len(v), jnp.float32).at[ids].set(uploads.theta, mode="drop")
+        w = _models(server.covariance, v)
+        relation = (server.omega, server.covariance, server.sigma)
+        if coupling.learn is not None:
+            learn, now = coupling.learn, (server.round + 1) % omega_every == 0
+            relation = jax.lax.cond(now, lambda: measured(learn(w)), lambda: relation)
+            w = _models(relation[1], v)
+        omega, covariance, sigma = relation
+        new = MochaState(v, w, omega, covariance, sigma, server.round + 1, server.slots)
+        return new, {"duality_gap": gap, "thetas": thetas}
+
+    def losses(params, model_state, batch, mask, key, train):
+        x, y = _examples(batch, bias)
+        return dual.loss(x @ params["w"], y), model_state
+
+    def metrics(params, model_state, batch):
+        x, y = _examples(batch, bias)
+        u = x @ params["w"]
+        more = {"accuracy": (jnp.where(u > 0, 1, -1) == y).astype(jnp.float32)} if dual.signs else {}
+        return {"loss": dual.loss(u, y), **more}
+
+    own = lambda w: fl.Variables({"w": w})
+    return fl.Round(
+        init=init,
+        init_client=lambda server, client: jnp.zeros(len(server.slots), jnp.float32),
+        broadcast=broadcast,
+        client_update=client_update,
+        aggregate=fl.Aggregator(lambda upload, weight, message, env: (upload, ()), lambda sums, env: sums[0], reduce),
+        server_update=server_update,
+        personalize=lambda message, state, client, key: own(message.w),
+        loss=losses,
+        metrics=metrics,
+        model=fl.Lens(lambda server: own(server.w.mean(0)), _unchangeable),
+        view=fl.Lens(lambda message: own(message.w), lambda message, variables: message._replace(w=variables[0]["w"])),
+        traits=frozenset({"many_models", "personal"}),
+    )
+
+
+def _ascend(dual: DualLoss, bias: bool, message, alpha, client, key, work) -> tuple[jax.Array, jax.Array]:
+    """Coordinate ascent on the subproblem: the new alpha, and the change of v."""
+
+    def step(carry, batch, mask, positions, key):
+        alpha, delta_v = carry
+        (x,), (y,) = _examples(batch, bias)
+        at, score = positions[0], x @ (message.w + message.curvature * delta_v)
+        new = jnp.where(mask[0], dual.step(alpha[at], y, score, message.curvature * (x @ x)), alpha[at])
+        return alpha.at[at].set(new), delta_v + (new - alpha[at]) * x
+
+    return client.fold(step, (alpha, jnp.zeros_like(message.w)), batch_size=1, key=key, **work)
+
+
+def _examined(dual: DualLoss, bias: bool, message, alpha, new, delta_v, client) -> Solved:
+    """One pass over the client, before and after its work."""
+    primal = message.w + message.curvature * delta_v  # the model that the subproblem's dual variables stand for
+
+    def add(sums, batch, mask, positions, key):
+        x, y = _examples(batch, bias)
+        old, now, u = alpha[positions], new[positions], x @ message.w
+        before, left = excess(dual, old, y, u), excess(dual, now, y, x @ primal)
+        gained = dual.conjugate(old, y) - dual.conjugate(now, y) + (old - now) * u
+        each = Solved(dual.loss(u, y), before, left, gained)
+        return jax.tree.map(lambda total, values: total + jnp.sum(jnp.where(mask, values, 0)), sums, each)
+
+    return client.fold(add, Solved(*[jnp.float32(0)] * 4))
+
+
+def _examples(batch: Any, bias: bool) -> tuple[jax.Array, jax.Array]:
+    """Features ``float32[n, features]`` and targets ``float32[n]``."""
+    x, y = jnp.asarray(batch["x"]), jnp.asarray(batch["y"]).astype(jnp.float32)
+    x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+    return (jnp.concatenate([x, jnp.ones((len(x), 1), jnp.float32)], 1) if bias else x), y
+
+
+def _models(covariance: jax.Array, v: jax.Array) -> jax.Array:
+    """``W = V M``, as rows."""
+    return jnp.matmul(covariance, v, precision="highest")
+
+
+def _unchangeable(server, variables):
+    raise ValueError("mocha()'s models follow from its dual variables and can't be replaced")
+
+
+def _check(data: Any, dual: DualLoss, bias: bool) -> int:
+    """The number of features. Raises ValueError for data that aren't features and targets."""
+    arrays = data.arrays
+    if not isinstance(arrays, dict) or not {"x", "y"} <= set(arrays):
+        fields = sorted(arrays) if isinstance(arrays, dict) else "none with names"
+        raise ValueError(f'mocha() reads features "x" and targets "y"; the data have the fields {fields}')
+    x, y = arrays["x"], arrays["y"]
+    if y.ndim != 1:
+        raise ValueError(f'mocha() needs one target for each example, "y" of shape [examples]; got {list(y.shape)}')
+    if dual.signs and not isinstance(y, Tracer):
+        targets = np.asarray(y)[data.rows_of()]
+        wrong = np.flatnonzero(~np.isin(targets, (-1, 1)))
+        if len(wrong):
+            ends = np.cumsum(data.sizes)
+            k = int(np.searchsorted(ends, wrong[0], side="right"))
+            row = int(wrong[0] - ends[k] + np.asarray(data.sizes)[k])
+            raise ValueError(
+                f"the hinge and logistic losses need targets -1 and 1; client {data.ids[k]!r} has {targets[wrong[0]]} "
+                f'(field "y", row {row}). Of classes 0 and 1, give 2 * y - 1'
+            )
+    return int(np.prod(x.shape[1:], dtype=np.int64)) + bool(bias)
