@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import optax
 import pytest
 
@@ -18,25 +17,20 @@ from algorithms.fedavg import fedavg
 from algorithms.fedavgm import fedavgm
 from algorithms.feddane import feddane
 from algorithms.feddyn import feddyn
-from algorithms.federated_dropout import federated_dropout
 from algorithms.fedlin import fedlin
-from algorithms.fedlora import fedlora
 from algorithms.fednova import fednova
 from algorithms.fedpa import fedpa
-from algorithms.fedpara import fedpara
 from algorithms.fedpd import fedpd
 from algorithms.fedprox import fedprox
 from algorithms.fedrep import fedrep
 from algorithms.fedsgd import fedsgd
 from algorithms.fedyogi import fedyogi
-from algorithms.heterofl import heterofl
 from algorithms.l2gd import l2gd
 from algorithms.local_only import local_only
 from algorithms.mime import mime
 from algorithms.mime_lite import mime_lite
 from algorithms.mocha import mocha
 from algorithms.mocha_couplings import graphical, mean_regularized
-from algorithms.pfedpara import pfedpara
 from algorithms.q_fedavg import q_fedavg
 from algorithms.q_fedsgd import q_fedsgd
 from algorithms.scaffold import scaffold
@@ -51,18 +45,15 @@ from fedjax_lab.transforms import (
     personal_model,
     pfedme,
     private,
-    pruning,
     reptile,
     with_rates,
 )
 from tests.problems import softmax_model
-from tests.transforms.networks import network
 
 MODEL = softmax_model()
 SGD = optax.sgd(0.1)
 LOCAL = {"epochs": 2, "batch_size": 10}
 BIAS = leaves("params/b")
-NETWORK = network()
 
 
 class Entry(NamedTuple):
@@ -128,12 +119,6 @@ ALGORITHMS = {
     "mocha": Entry(lambda: mocha(loss="squared", coupling=mean_regularized(1.0, 1.0))),
     "mocha_learned": Entry(lambda: mocha(loss="squared", coupling=graphical(1.0), epochs=2, omega_every=2)),
     "coupled": over_fedavg(coupling(0.5)),
-    "federated_dropout": Entry(lambda: federated_dropout(NETWORK, SGD, rate=0.5, **LOCAL)),
-    "heterofl": Entry(lambda: heterofl(NETWORK, SGD, rate=0.5, **LOCAL)),
-    "pruned": over_fedavg(pruning(0.5, start=0, end=2, every=1)),
-    "fedpara": Entry(lambda: fedpara(NETWORK, SGD, rank=2, **LOCAL)),
-    "pfedpara": Entry(lambda: pfedpara(NETWORK, SGD, rank=2, **LOCAL)),
-    "fedlora": Entry(lambda: fedlora(NETWORK, SGD, base=NETWORK.init(jax.random.key(7))[0], rank=2, **LOCAL)),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
 
@@ -141,7 +126,6 @@ ALGORITHMS = {
 VARIANTS = {
     "fedavg_nesterov", "fedavg_adagrad", "fedavg_rmsprop", "scaffold_option_1", "fedpd_skipping", "term_hierarchical",
     "apfl_learned", "mocha_learned", "per_fedavg_first_order", "per_fedavg_hessian_free",
-    "fedlora", "fedpara", "heterofl", "pfedpara",
 }  # fmt: skip
 
 
