@@ -84,8 +84,8 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
 
 
 def shares_model(round: Round) -> bool:
-    """Whether clients are sent a whole model: local training sends none, ``private`` a part of one."""
-    return round.view is not None and "partial" not in round.traits
+    """Whether clients are sent one whole model: local training sends none, ``private`` a part, ``clusters`` several."""
+    return round.view is not None and not {"partial", "many_models"} & round.traits
 
 
 def client_metrics(test: FederatedData, support: FederatedData | None = None, *, personal: bool = False) -> Evaluation:

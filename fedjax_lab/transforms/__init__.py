@@ -1,13 +1,16 @@
 """Round -> Round: what is trained."""
 
 from fedjax_lab.transforms.apfl import apfl
+from fedjax_lab.transforms.clusters import clusters
 from fedjax_lab.transforms.control_variates import control_variates
 from fedjax_lab.transforms.coupling import coupling, in_clusters
 from fedjax_lab.transforms.gradient_rounds import gradient_rounds, idle_in_even_rounds
 from fedjax_lab.transforms.knn import nearest_neighbours
 from fedjax_lab.transforms.meta import meta_sgd, per_fedavg, reptile, with_rates
+from fedjax_lab.transforms.mixture import mixture, with_components
 from fedjax_lab.transforms.personal import fine_tuning, personal_model
 from fedjax_lab.transforms.pfedme import moreau, pfedme
 from fedjax_lab.transforms.private import batch_norm, leaves, private, statistics
 from fedjax_lab.transforms.reconstruction import reconstruction
+from fedjax_lab.transforms.splitting import split_clusters
 from fedjax_lab.transforms.tilting import proximal, tilted

@@ -62,6 +62,8 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
         view, model = round.view, round.model
         if view is None or model is None:
             raise ValueError("private() splits a model, but this Round has none")
+        if "many_models" in round.traits:
+            raise ValueError("private() comes before transforms that multiply the model: put it first")
 
         def init(key, data, params=None):
             server = round.init(key, data, params)

@@ -1,0 +1,227 @@
+"""Clustered federated learning by the similarity of updates: clusters that divide in two when they have settled."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from fedjax_lab import checks
+from fedjax_lab.models.base import Variables
+from fedjax_lab.round import Aggregator, Env, Round, Transform, through
+from fedjax_lab.transforms import stacked
+from fedjax_lab.transforms.bipartition import LINKAGES, bipartition, cosines
+from fedjax_lab.turn import select
+
+PyTree = Any
+
+
+class SplitServer(NamedTuple):
+    """The server's clusters.
+
+    Attributes:
+      models: the inner server's state of each cluster, ``[max_clusters + 1, ...]``; the last is the one before
+        the first division, for clients that are not of the population.
+      cluster: ``int32[population]``, each client's.
+      count: ``int32[]``, how many clusters there are.
+      round: ``int32[]``, rounds done.
+    """
+
+    models: PyTree
+    cluster: jax.Array
+    count: jax.Array
+    round: jax.Array
+
+
+class Collected(NamedTuple):
+    """A cohort's uploads as the server looks at them.
+
+    Attributes:
+      lifted: what the inner aggregator lifted, leaves ``[cohort, ...]``.
+      updates: ``float32[cohort, parameters]``.
+      weights: ``float32[cohort]``; 0 where not ``ok``.
+      ok: ``bool[cohort]``.
+      env: the round's public facts.
+    """
+
+    lifted: PyTree
+    updates: jax.Array
+    weights: jax.Array
+    ok: jax.Array
+    env: Env
+
+
+def split_clusters(
+    max_clusters: int,
+    *,
+    eps1: Any,
+    eps2: Any,
+    gamma_max: Any = 0.0,
+    min_rounds: int = 20,
+    linkage: str = "single",
+) -> Transform:
+    """Divide clusters of clients in two whose updates disagree (CFL, Sattler, Mueller and Samek, "Clustered Federated
+    Learning: Model-Agnostic Distributed Multitask Optimization under Privacy Constraints", 2020, algorithms 1 and 2).
+
+    All clients begin in one cluster. A cluster whose mean update has become short, ``|mean| < eps1``, while a member's
+    is long, ``max |update| > eps2``, has settled where it doesn't suit its members: it is divided by the cosine
+    similarity of their updates (:func:`fedjax_lab.transforms.bipartition.bipartition`), each half going on from the
+    cluster's model with its own mean. Means are by weight. Kept per client: the inner round's state; its cluster is
+    kept on the server. Travels: what the inner round sends, each way. The server looks at every client's own
+    update, so that an ``fl.uplink`` around it can't hide them in a sum.
+
+    The paper's clients take part in every round, and so they should here, with ``fl.everyone()``. A client that is
+    absent when its cluster is divided stays with the half that keeps the cluster's number, right or wrong; with a
+    sampled cohort that would be most of them. A client that is not of the population uses the model from before
+    the first division, the root of the paper's tree; the paper goes on down the tree by such a client's updates.
+
+    The server's metrics: ``clusters``, and over clusters ``largest_mean_update`` and ``longest_update``, by which to
+    choose eps1 and eps2. ``process.params`` gives the first cluster's model; all are in
+    ``process.server(state).models``, who is where in ``.cluster``.
+
+    Args:
+      max_clusters: how many models there may be; a cluster is not divided beyond it.
+      eps1: how short the mean update must be.
+      eps2: how long a member's, above ``eps1``.
+      gamma_max: a bound of how far each client's update may lie from its distribution's, relative to its length; a
+        division counts as right if ``gamma_max < sqrt((1 - alpha) / 2)`` with ``alpha`` the largest similarity between
+        the halves, and is not made otherwise. 0: always made.
+      min_rounds: rounds before the first division (the authors' code waits for 20).
+      linkage: ``"single"``, the paper's optimal bipartition; ``"complete"``, what the authors' code does.
+
+    Raises:
+      ValueError: fewer than 1 cluster; eps that aren't positive, or ``eps1 >= eps2``; a ``gamma_max`` outside 0..1;
+        another linkage; a Round that trains no model, has several, sees every upload already, or encodes them.
+    """
+    checks.positive(max_clusters, "max_clusters", integer=True)
+    for value, name in ((eps1, "eps1"), (eps2, "eps2")):
+        checks.positive(value, name)
+    if not isinstance(eps1, Tracer) and not isinstance(eps2, Tracer) and eps1 >= eps2:
+        raise ValueError(
+            f"eps1 must be below eps2, as a mean is no longer than the longest update; got {eps1} and {eps2}"
+        )
+    checks.probability(gamma_max, "gamma_max")
+    checks.not_negative(min_rounds, "min_rounds", integer=True)
+    if linkage not in LINKAGES:
+        near = checks.nearest(str(linkage), LINKAGES)
+        raise ValueError(f"linkage must be one of {LINKAGES}; got {checks.shown(linkage)}{near}")
+    slots = int(max_clusters)
+
+    def transform(round: Round) -> Round:
+        _check(round)
+        inner, model = round.aggregate, round.model
+
+        def init(key, data, params=None):
+            one = round.init(key, data, params)
+            models = jax.tree.map(lambda x: jnp.stack([x] * (slots + 1)), one)
+            return SplitServer(models, jnp.zeros(data.num_clients, jnp.int32), jnp.int32(1), jnp.int32(0))
+
+        def own(server, client):
+            """The inner server of a client's cluster."""
+            known = (client.id >= 0) & (client.id < server.cluster.shape[0])
+            seat = jnp.clip(client.id, 0, server.cluster.shape[0] - 1)
+            return stacked.pick(server.models, jnp.where(known, server.cluster[seat], slots))
+
+        def reduce(uploads, weights, ok, messages, env):
+            def one(upload, weight, ok, message):
+                lifted = inner.lift(upload, weight, message, env)
+                alone = inner.finish(inner.lift(upload, jnp.float32(1), message, env), env)
+                zeros = lambda tree: jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), tree)
+                return zeros(lifted), zeros(flat_update(alone))
+
+            return Collected(*jax.vmap(one)(uploads, weights, ok, messages), weights, ok, env)
+
+        def server_update(server, collected, key):
+            env, ok, updates = collected.env, collected.ok, collected.updates
+            cluster = server.cluster.at[env.ids].get(mode="fill", fill_value=slots)
+            cluster = jnp.where(ok, cluster, slots + 1)
+            means, lengths = _lengths(updates, collected.weights, cluster, slots)
+            members = _per_cluster(ok.astype(jnp.int32), cluster, slots)
+            settled = (means < eps1) & (lengths > eps2) & (members > 2) & (server.round >= min_rounds)
+            second, between = bipartition(cosines(updates), cluster, settled & (server.count < slots), linkage)
+            settled = settled & (gamma_max < jnp.sqrt(jnp.maximum(1 - between, 0) / 2)) & (between > -jnp.inf)
+            # New clusters get the next numbers, as far as there are any.
+            number = server.count + jnp.cumsum(settled) - 1
+            divided = settled & (number < slots)
+            moved = second & divided[jnp.clip(cluster, 0, slots - 1)]
+            after = jnp.where(moved, number[jnp.clip(cluster, 0, slots - 1)], cluster)
+            models = _grown(server.models, divided, number, slots)
+            models, metrics = _served(round, models, collected, after, key, slots)
+            count = server.count + jnp.sum(divided)
+            # The root goes on with the first cluster for as long as that is all there is.
+            root = select(count == 1, stacked.pick(models, 0), stacked.pick(server.models, slots))
+            models = stacked.replaced(models, slots, root)
+            everyone = server.cluster.at[jnp.where(moved, env.ids, server.cluster.shape[0])].set(after, mode="drop")
+            found = {"clusters": count.astype(jnp.float32), "largest_mean_update": jnp.max(means)}
+            found["longest_update"] = jnp.max(lengths)
+            return SplitServer(models, everyone, count, server.round + 1), metrics | found
+
+        inside = lambda server: stacked.pick(server.models, 0)
+        put = lambda server, part: server._replace(models=stacked.replaced(server.models, 0, part))
+        return round._replace(
+            init=init,
+            init_client=lambda server, client: round.init_client(own(server, client), client),
+            broadcast=lambda server, state, client, key: round.broadcast(own(server, client), state, client, key),
+            aggregate=Aggregator(inner.lift, inner.finish, reduce),
+            server_update=server_update,
+            model=model and through(inside, put, model),
+            traits=round.traits | {"many_models", "personal"},
+        )
+
+    return transform
+
+
+def flat_update(aggregate: PyTree) -> jax.Array:
+    """What a client changes in the parameters, ``float32[n]``: those of the first Variables, or else all floats."""
+    parts = jax.tree.leaves(aggregate, is_leaf=lambda x: isinstance(x, Variables))
+    found = [part.params for part in parts if isinstance(part, Variables)][:1] or [aggregate]
+    leaves = [x for x in jax.tree.leaves(found) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
+    return jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
+
+
+def _check(round: Round) -> None:
+    if round.model is None or round.view is None or round.personalize is None:
+        raise ValueError("split_clusters() trains a model for each cluster, but this Round trains none")
+    if "many_models" in round.traits:
+        raise ValueError("split_clusters() multiplies a Round's model, but this Round has several already")
+    if "encoded" in round.traits:
+        raise ValueError("split_clusters() compares updates, and these are encoded: put uplink() after it")
+    if round.aggregate.reduce is not None:
+        raise ValueError("split_clusters() needs an aggregator that adds up, and this Round's sees every upload itself")
+
+
+def _per_cluster(values: jax.Array, cluster: jax.Array, slots: int) -> jax.Array:
+    """Sums over each cluster's members, ``[n, ...] -> [slots, ...]``."""
+    return jnp.zeros((slots, *values.shape[1:]), values.dtype).at[cluster].add(values, mode="drop")
+
+
+def _lengths(updates: jax.Array, weights: jax.Array, cluster: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """The length of each cluster's mean update and of its longest one, ``float32[slots]``; 0 for an empty one."""
+    total = _per_cluster(weights, cluster, slots)
+    mean = _per_cluster(updates * weights[:, None], cluster, slots) / jnp.where(total > 0, total, 1)[:, None]
+    longest = jnp.zeros(slots).at[cluster].max(jnp.linalg.norm(updates, axis=1), mode="drop")
+    return jnp.linalg.norm(mean, axis=1), longest
+
+
+def _grown(models: PyTree, divided: jax.Array, number: jax.Array, slots: int) -> PyTree:
+    """The models, with that of each divided cluster copied to its new number."""
+    source = jnp.arange(slots + 1).at[jnp.where(divided, number, slots + 1)].set(jnp.arange(slots), mode="drop")
+    return stacked.pick(models, source)
+
+
+def _served(round: Round, models: PyTree, collected: Collected, cluster: jax.Array, key, slots: int):
+    """The inner server's step in every cluster that somebody of it survived, and its metrics' means over them."""
+    env = collected.env
+    counts = _per_cluster(collected.ok.astype(jnp.float32), cluster, slots)
+    sums = jax.tree.map(lambda x: _per_cluster(x, cluster, slots), collected.lifted)
+
+    def one(server, value, below, survivors, key):
+        aggregate = round.aggregate.finish((value, below), env._replace(survivors=survivors))
+        return round.server_update(server, aggregate, key)
+
+    within = jax.tree.map(lambda x: x[:slots], models)
+    new, metrics = jax.vmap(one)(within, *sums, counts, jax.random.split(key, slots))
+    kept = jax.vmap(select)(counts > 0, new, within)
+    whole = jax.tree.map(lambda x, new: x.at[:slots].set(new), models, kept)
+    share = counts / jnp.maximum(jnp.sum(counts), 1)
+    return whole, {name: jnp.sum(share * values) for name, values in metrics.items()}
