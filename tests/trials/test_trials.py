@@ -77,30 +77,6 @@ def test_maml_tilt_is_the_gradient_through_the_adaptation():
     assert_close(moved, jax.grad(meta)(before), atol=2e-6)
 
 
-def test_ifca_with_one_cluster_is_the_inner_round():
-    data = softmax_data()
-    a = fl.synchronous(base(), data, fl.uniform(4))
-    b = fl.synchronous(fl.compose(base(), rounds.ifca(1, 0)), data, fl.uniform(4))
-    # Bit for bit would need ifca(1) to return its inner round: stacking one model changes XLA's fusions.
-    assert_close(a.params(steps(a, 3)[0]), b.params(steps(b, 3)[0]))
-
-
-def test_ifca_separates_two_kinds_of_clients():
-    rng = np.random.default_rng(0)
-    truth = rng.normal(size=(4, 3))
-    clients = {}
-    for k in range(8):
-        x = rng.normal(size=(40, 4)).astype(np.float32)
-        clients[k] = {"x": x, "y": np.argmax(x @ truth * (1 if k % 2 else -1), -1)}
-    data = fl.FederatedData.from_clients(clients)
-    round = fl.compose(fedavg(MODEL, optax.sgd(0.3), epochs=2), rounds.ifca(2, 1))
-    process = fl.synchronous(round, data)
-    state, _ = steps(process, 15)
-    report = fl.per_client_accuracy(data)(process, state)
-    assert report["personal_accuracy_worst10"] > 0.85
-    assert report["accuracy_worst10"] < 0.5
-
-
 def test_sketches_are_summed_before_they_are_decoded():
     data = softmax_data()
     wide = fl.compose(base(), fl.uplink(wire.count_sketch(5, width=512)))
