@@ -5,6 +5,7 @@ from fedjax_lab.transforms.clusters import clusters
 from fedjax_lab.transforms.control_variates import control_variates
 from fedjax_lab.transforms.coupling import coupling, in_clusters
 from fedjax_lab.transforms.gradient_rounds import gradient_rounds, idle_in_even_rounds
+from fedjax_lab.transforms.hypernetwork import Hypernetwork, hypernetwork, perceptron
 from fedjax_lab.transforms.knn import nearest_neighbours
 from fedjax_lab.transforms.meta import meta_sgd, per_fedavg, reptile, with_rates
 from fedjax_lab.transforms.mixture import mixture, with_components
