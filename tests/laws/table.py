@@ -21,16 +21,19 @@ from algorithms.fedlin import fedlin
 from algorithms.fednova import fednova
 from algorithms.fedpa import fedpa
 from algorithms.fedpd import fedpd
+from algorithms.fedrecon import fedrecon
 from algorithms.fedprox import fedprox
 from algorithms.fedrep import fedrep
 from algorithms.fedsgd import fedsgd
 from algorithms.fedyogi import fedyogi
+from algorithms.knn_per import knn_per
 from algorithms.l2gd import l2gd
 from algorithms.local_only import local_only
 from algorithms.mime import mime
 from algorithms.mime_lite import mime_lite
 from algorithms.mocha import mocha
 from algorithms.mocha_couplings import graphical, mean_regularized
+from algorithms.pfedhn import pfedhn
 from algorithms.q_fedavg import q_fedavg
 from algorithms.q_fedsgd import q_fedsgd
 from algorithms.scaffold import scaffold
@@ -111,6 +114,9 @@ ALGORITHMS = {
     "fedper": over_fedavg(private(BIAS)),
     "lg_fedavg": over_fedavg(private(leaves("params/w"))),
     "fedrep": Entry(lambda: fedrep(MODEL, SGD, head=BIAS, head_epochs=2)),
+    "fedrecon": Entry(lambda: fedrecon(MODEL, SGD, private=BIAS, **LOCAL)),
+    "knn_per": Entry(lambda: knn_per(MODEL, SGD, features=lambda variables, x: x, **LOCAL)),
+    "pfedhn": Entry(lambda: pfedhn(MODEL, SGD, server_optimizer=optax.sgd(0.1), **LOCAL)),
     "per_fedavg": over_fedavg(per_fedavg(0.1)),
     "per_fedavg_hessian_free": over_fedavg(per_fedavg(0.1, form="hessian_free", delta=0.05, support_batch_size=4)),
     "per_fedavg_first_order": over_fedavg(per_fedavg(0.1, form="first_order", inner_steps=2)),
