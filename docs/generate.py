@@ -19,11 +19,13 @@ FIGURES = ROOT / "docs" / "figures"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def first_line(docstring: str | None, of: str) -> str:
-    """The first line of a docstring, fit for a table. Raises ValueError if there is none."""
+def summary_of(docstring: str | None, of: str) -> str:
+    """A docstring's first paragraph, fit for a table. Raises ValueError if there is none."""
     if not docstring:
         raise ValueError(f"{of} has no docstring to describe it in the README")
-    return docstring.strip().splitlines()[0].rstrip(".").replace("``", "`").replace("|", "\\|")
+    summary = " ".join(docstring.strip().split("\n\n")[0].split())
+    summary = summary if summary.endswith("...") else summary.removesuffix(".")
+    return summary.replace("``", "`").replace("|", "\\|")
 
 
 def table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> str:
@@ -37,7 +39,7 @@ def functions(module: ModuleType, prefix: str, keep: Callable[[Callable], bool] 
     names = getattr(module, "__all__", None) or [n for n in dir(module) if not n.startswith("_")]
     found = [(n, getattr(module, n)) for n in sorted(names)]
     rows = [
-        (f"`{prefix}.{name}`", first_line(inspect.getdoc(f), f"{prefix}.{name}"))
+        (f"`{prefix}.{name}`", summary_of(inspect.getdoc(f), f"{prefix}.{name}"))
         for name, f in found
         if inspect.isfunction(f) and keep(f)
     ]
@@ -51,7 +53,7 @@ def algorithms() -> str:
         tree = ast.parse(file.read_text())
         builders = [f for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == file.stem]
         if builders:
-            line = first_line(ast.get_docstring(builders[0]), f"algorithms.{file.stem}")
+            line = summary_of(ast.get_docstring(builders[0]), f"algorithms.{file.stem}")
             rows.append((f"[`{file.stem}`](algorithms/{file.name})", line))
     return table(("Algorithm", "What it does"), rows)
 
@@ -77,10 +79,17 @@ def transforms() -> str:
     return functions(transforms, "fl.transforms", keep=keep)
 
 
+def wire() -> str:
+    """The links."""
+    from fedjax_lab import wire
+
+    return functions(wire, "fl.wire", keep=lambda f: "Wire" in str(inspect.signature(f).return_annotation))
+
+
 def experiments() -> str:
     from experiments import registry
 
-    rows = [(f"`{name}`", first_line(module.__doc__, name)) for name, module in registry.find().items()]
+    rows = [(f"`{name}`", summary_of(module.__doc__, name)) for name, module in registry.find().items()]
     return table(("Experiment", "What it shows"), rows)
 
 
@@ -110,7 +119,7 @@ def speed() -> str:
     """The benchmark's figures, as ``python -m experiments.benchmarks limit --json`` wrote them."""
     lines = ["| Workload | Clients a round | Against | Ratio | Ours | Theirs | Runs |", "|---|---|---|---|---|---|---|"]
     for row in json.loads((FIGURES / "limit.json").read_text()):
-        if row["against"] == "matrix products":  # a rate, of which more is better: docs/speed.md says what it is
+        if row["against"] == "matrix products":  # a rate, of which more is better: experiments/benchmarks/README.md says what it is
             continue
         times = f"{row['ours']:.1f} {row['unit']} | {row['theirs']:.1f} {row['unit']}"
         lines.append(
@@ -126,6 +135,7 @@ BLOCKS = {
     "datasets": datasets,
     "models": models,
     "transforms": transforms,
+    "wire": wire,
     "experiments": experiments,
 }
 

@@ -31,15 +31,6 @@ def mean() -> Aggregator:
     return Aggregator(lift, lambda sums, env: divide(*sums))
 
 
-def uniform_mean() -> Aggregator:
-    """The mean over survivors, whatever their weights."""
-
-    def lift(upload, weight, message, env):
-        return jax.tree.map(_wide, upload), jnp.float32(1)
-
-    return Aggregator(lift, lambda sums, env: divide(*sums))
-
-
 def per_population(aggregator: Aggregator) -> Aggregator:
     """A mean over survivors times their share of the population: absent clients count as zero uploads.
 

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import inspect
+import operator
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -150,6 +151,17 @@ def _number(value: Any) -> np.ndarray | None:
     """One integer or floating-point number as an array; ``None`` for everything else, booleans included."""
     number = None if isinstance(value, tuple | list | dict) else np.asarray(value)
     return number if number is not None and not number.ndim and number.dtype.kind in "iuf" else None
+
+
+def integer(value: Any, name: str, least: int, below: int = 2**32) -> int:
+    """The value as a Python integer. Raises ValueError for what isn't one, or lies outside ``least..below-1``."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer; got {shown(value)}") from None
+    if isinstance(value, bool) or not least <= number < below:
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+    return number
 
 
 def positive(value: Any, name: str, *, integer: bool = False, unit: str = "") -> None:

@@ -51,8 +51,7 @@ class ClientData:
         if self.shuffled:
             # One fixed order for each client, so that the parts of a split stay disjoint.
             inside = shuffle.permute(inside, self.rows, shuffle.derive(jnp.uint32(0x5EED), self.id))
-        # One small kernel for the indices: fused into the gather, they are computed anew for every feature.
-        rows = jax.lax.optimization_barrier(self.first_row + inside)
+        rows = self.first_row + inside
 
         def gather(a):
             # Only an empty client outside a population has no row at all to stand for the masked ones.

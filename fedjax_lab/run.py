@@ -1,7 +1,6 @@
 """run: drive a process for many rounds; the only loop that touches the host."""
 
 import contextlib
-import operator
 import os
 import signal
 import sys
@@ -81,8 +80,8 @@ def run(
       Interrupted: Ctrl-C, after the rounds under way were finished and saved (a second one stops at
         once). It is a KeyboardInterrupt with a ``result``.
     """
-    num_rounds, every = _integer(num_rounds, "num_rounds", 0), _integer(every, "every", 1)
-    seed = _integer(seed, "seed", 0)
+    num_rounds, every = checks.integer(num_rounds, "num_rounds", 0), checks.integer(every, "every", 1)
+    seed = checks.integer(seed, "seed", 0)
     _check(process, evaluate, resume, checkpoint_every, params)
     callbacks = _callbacks(callbacks)
     folder, config = None if out is None else Path(out), run_folder.plain_config(config)
@@ -92,14 +91,7 @@ def run(
         run_folder.prepare(folder, resume, config)
     clock = Clock()
     with contextlib.ExitStack() as stack:
-        state = process.init(jax.random.key(seed), params)
-        start = run_folder.Start(state if isinstance(process.step, HostStep) else own_copy(state))
-        disk = run_folder.NO_FOLDER
-        if folder is not None:
-            setup = {"setup": run_folder.setup(process, seed, params), "config": config}
-            disk, start = shared_folder.open_folder(
-                stack, folder, process, start.state, setup, resume, every, checkpoint_every
-            )
+        disk, start = _begin(stack, process, seed, params, folder, config, resume, every, checkpoint_every)
         if start.done > num_rounds:
             raise ValueError(
                 f"{folder} holds a run of {start.done} rounds already, more than num_rounds={num_rounds}: "
@@ -126,6 +118,26 @@ def run(
     return result
 
 
+def _begin(
+    stack: contextlib.ExitStack,
+    process: Process,
+    seed: int,
+    params: PyTree,
+    folder: Path | None,
+    config: dict[str, Any] | None,
+    resume: bool | str,
+    every: int,
+    checkpoint_every: float,
+) -> tuple[run_folder.Disk, run_folder.Start]:
+    """Where a run begins, and the folder it writes to, which stays locked until ``stack`` closes."""
+    state = process.init(jax.random.key(seed), params)
+    state = state if isinstance(process.step, HostStep) else own_copy(state)
+    if folder is None:
+        return run_folder.NO_FOLDER, run_folder.Start(state)
+    setup = {"setup": run_folder.setup(process, seed, params), "config": config}
+    return shared_folder.open_folder(stack, folder, process, state, setup, resume, every, checkpoint_every)
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     """Make the first Ctrl-C a question, asked by the value yielded; the second is as ever."""
@@ -147,16 +159,6 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _integer(value: Any, name: str, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer; got {checks.shown(value)}") from None
-    if isinstance(value, bool) or not least <= number < 2**32:
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-    return number
 
 
 def _callbacks(callbacks: Any) -> tuple[Callback, ...]:

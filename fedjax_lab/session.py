@@ -27,6 +27,8 @@ from fedjax_lab.records import (
 )
 from fedjax_lab.result import Result
 
+PyTree = Any
+
 FINISHED, INTERRUPTED = "all rounds done", "interrupted"
 
 
@@ -172,6 +174,19 @@ def _one_by_one(step: HostStep) -> Callable:
     return many
 
 
+def rounds_of(step: Callable, length: int, state: PyTree, count: jax.Array) -> tuple[PyTree, PyTree]:
+    """``count <= length`` rounds of ``step(state) -> (state, metrics)``; metrics ``[length, ...]``, zeros behind."""
+    one = jax.eval_shape(step, state)[1]
+    log = jax.tree.map(lambda m: jnp.zeros((length, *m.shape), m.dtype), one)
+
+    def body(i, carry):
+        state, log = carry
+        state, metrics = step(state)
+        return state, jax.tree.map(lambda whole, m: whole.at[i].set(m), log, metrics)
+
+    return jax.lax.fori_loop(0, count, body, (state, log))
+
+
 @functools.lru_cache(maxsize=8)
 def _many(step: Callable, length: int) -> Callable:
     """``(state, data, count) -> (state, metrics)``: up to ``length`` rounds, metrics ``[length, ...]``.
@@ -182,14 +197,6 @@ def _many(step: Callable, length: int) -> Callable:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def many(state, data, count):
-        one = jax.eval_shape(step, state, data)[1]
-        log = jax.tree.map(lambda m: jnp.zeros((length, *m.shape), m.dtype), one)
-
-        def body(i, carry):
-            state, log = carry
-            state, metrics = step(state, data)
-            return state, jax.tree.map(lambda whole, m: whole.at[i].set(m), log, metrics)
-
-        return jax.lax.fori_loop(0, count, body, (state, log))
+        return rounds_of(lambda state: step(state, data), length, state, count)
 
     return many

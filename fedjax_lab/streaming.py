@@ -6,7 +6,7 @@ from disk) into a block of fixed size, and computes on that. Keys, order and ari
 of the next cohort doesn't hang on how this round ends.
 """
 
-import dataclasses
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -16,46 +16,25 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjax_lab import checks, hosts
-from fedjax_lab.client import ClientData
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData
+from fedjax_lab.fetching import (
+    CohortData,
+    Population,
+    capacity,
+    check_own,
+    fetch,
+    pick,
+    population_of,
+    put_back,
+)
 from fedjax_lab.process import HostStep, Process, typed_key
 from fedjax_lab.round import Env, Round
 from fedjax_lab.sampling import Sampler, check_sampler, everyone
 from fedjax_lab.simulation import SimulationState, check_room, check_stable, cohort_metrics, serve, strong
-from fedjax_lab.states import ClientStates, empty_states
+from fedjax_lab.states import empty_states
 
 PyTree = Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class CohortData(FederatedData):
-    """A cohort's rows, its clients at their positions in the population.
-
-    ``arrays`` hold the cohort's rows only and ``starts: int32[cohort]`` belong to ``members: int32[cohort]``, their
-    positions, increasing; ``sizes`` and ``attrs`` are the population's.
-    """
-
-    members: Any = None
-
-    @property
-    def num_clients(self) -> int:
-        return self.sizes.shape[0]
-
-    def view(self, index: jax.Array, env: Any = (), present: jax.Array | bool = True) -> ClientData:
-        whole = dataclasses.replace(self, starts=self.sizes)  # any array of the population, for the rest of a view
-        seat = jnp.minimum(jnp.searchsorted(self.members, index), len(self.members) - 1)
-        return dataclasses.replace(FederatedData.view(whole, index, env, present), first_row=self.starts[seat])
-
-
-class Population(NamedTuple):
-    """What a step needs of its data, made once: see :func:`_population`."""
-
-    data: FederatedData  # arrays on the host, the rest on the device
-    starts: np.ndarray
-    sizes: np.ndarray
-    capacity: int  # rows of the largest possible cohort
 
 
 class Drawn(NamedTuple):
@@ -64,14 +43,6 @@ class Drawn(NamedTuple):
     env: Env
     after: jax.Array
     sampler: PyTree
-
-
-class Fetched(NamedTuple):
-    """A cohort's rows on the device; ``members`` as in :class:`CohortData`, ``inside`` for those that are clients."""
-
-    data: CohortData
-    members: np.ndarray
-    inside: np.ndarray
 
 
 class Ahead(NamedTuple):
@@ -116,6 +87,28 @@ def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, 
     jax.eval_shape(lambda key: round.init(key, host), jax.random.key(0))  # checks the data, computes nothing
     check_room(sampler, host, lanes, 1)
 
+    start, draw, compute = _programs(round, sampler, lanes, host.sizes)
+    shapes = _Shapes(round, start, draw, compute, host)
+    foreseen = sampler.update is Sampler._field_defaults["update"] or not jax.tree.leaves(shapes.drawn.sampler)
+    step = _stepper(draw, compute, shapes.cohort, foreseen)
+
+    def init(key, params=None):
+        server, drawn, number, key = start(typed_key(key), params, host)
+        zeros = lambda s: np.zeros(s.shape, s.dtype)
+        return SimulationState(server, jax.tree.map(zeros, shapes.clients), drawn, number, key)
+
+    lens: Any = round.model
+    variables: Any = lambda state: lens.get(state.server) if lens else None
+    return Process(
+        init, HostStep(step, shapes.program), data,
+        params=lambda state: variables(state).params if lens else state.server,
+        variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
+    )  # fmt: skip
+
+
+def _programs(round: Round, sampler: Sampler, lanes: int | None, sizes: np.ndarray) -> tuple[Any, Any, Any]:
+    """What runs on the device, jitted: the start of a run, the draw of a cohort, and a round on its rows."""
+
     def start(key, params, data):
         server_key, run_key = jax.random.split(key)
         server = strong(round.init(server_key, data, params))
@@ -130,26 +123,28 @@ def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, 
     def compute(server, clients, drawn, key, data):
         key = jax.random.fold_in(key, drawn.env.round)
         private, serving = (jax.random.fold_in(key, i) for i in (1, 2))
-        answers = run_cohort(round, server, clients, data, drawn.env, private, lanes, None, host.sizes)
+        answers = run_cohort(round, server, clients, data, drawn.env, private, lanes, None, sizes)
         server, server_metrics = serve(round, server, answers, drawn.env, serving)
         after = strong(sampler.update(drawn.sampler, answers.ids, answers.ok, answers.metrics))
         return strong(server), answers.clients, after, cohort_metrics(answers) | server_metrics
 
-    start, draw, compute = jax.jit(start), jax.jit(draw), jax.jit(compute)
-    shapes = _Shapes(round, start, draw, compute, host)
-    foreseen = sampler.update is Sampler._field_defaults["update"] or not jax.tree.leaves(shapes.drawn.sampler)
+    return jax.jit(start), jax.jit(draw), jax.jit(compute)
+
+
+def _stepper(draw: Callable, compute: Callable, cohort: int, foreseen: bool) -> Callable:
+    """A round on the host; where the next cohort is ``foreseen``, its rows are fetched while this one's compute."""
     pool = ThreadPoolExecutor(1, "fedjax_lab-rows")
     known: list[tuple[FederatedData, Population]] = []
     ahead: list[Ahead] = []
 
     def population(data) -> Population:
         if not known or known[0][0] is not data:
-            known[:] = [(data, _population(data, shapes.cohort))]
+            known[:] = [(data, population_of(data, cohort))]
         return known[0][1]
 
     def begin(source: Population, sampler, number, key) -> Ahead:
         drawn = draw(sampler, number, key, source.data)
-        return Ahead([source, *jax.tree.leaves((sampler, number, key))], drawn, pool.submit(_fetch, source, drawn.env))
+        return Ahead([source, *jax.tree.leaves((sampler, number, key))], drawn, pool.submit(fetch, source, drawn.env))
 
     def step(state: SimulationState, data: FederatedData):
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((state, data))):
@@ -157,32 +152,21 @@ def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, 
                 "a streamed step reads its data on the host: it can't be traced (jit, vmap, scan, sweep). Give "
                 "synchronous() data in memory, data.on_device()"
             )
-        _check_own(state.clients)
+        check_own(state.clients)
         source = population(data)
         turn = ahead.pop() if ahead else None
         if turn is None or not _same(turn.begun, [source, *jax.tree.leaves((state.sampler, state.round, state.key))]):
             turn = begin(source, state.sampler, state.round, state.key)
         drawn, fetched = turn.drawn, turn.fetched.result()
-        clients = _pick(state.clients, fetched)
+        clients = pick(state.clients, fetched)
         jax.block_until_ready(state.server)  # one round under way: more would pile up their rows in memory
         if foreseen:
             ahead[:] = [begin(source, drawn.sampler, drawn.after, state.key)]
         server, clients, after, metrics = compute(state.server, clients, drawn, state.key, fetched.data)
-        clients = _put_back(state.clients, clients, fetched)
+        clients = put_back(state.clients, clients, fetched)
         return SimulationState(server, clients, drawn.sampler if foreseen else after, drawn.after, state.key), metrics
 
-    def init(key, params=None):
-        server, drawn, number, key = start(typed_key(key), params, host)
-        zeros = lambda s: np.zeros(s.shape, s.dtype)
-        return SimulationState(server, jax.tree.map(zeros, shapes.clients), drawn, number, key)
-
-    lens: Any = round.model
-    variables: Any = lambda state: lens.get(state.server) if lens else None
-    return Process(
-        init, HostStep(step, shapes.program), data,
-        params=lambda state: variables(state).params if lens else state.server,
-        variables=variables, server=lambda state: state.server, clients=lambda state: state.clients, round=round,
-    )  # fmt: skip
+    return step
 
 
 class _Shapes:
@@ -199,7 +183,7 @@ class _Shapes:
         of = lambda count: lambda s: jax.ShapeDtypeStruct((count, *s.shape[1:]), s.dtype)
         members = jax.ShapeDtypeStruct((self.cohort,), jnp.int32)
         sizes, attrs = jax.tree.map(of(data.num_clients), (data.sizes, data.attrs))
-        block = jax.tree.map(of(_capacity(np.asarray(data.sizes), self.cohort)), data.arrays)
+        block = jax.tree.map(of(capacity(np.asarray(data.sizes), self.cohort)), data.arrays)
         cohort = CohortData(block, members, sizes, attrs, data.id_table, data.max_size, data.tile, members)
         clients = jax.tree.map(of(self.cohort), self.clients)._replace(members=members)
         arguments = (server, clients, self.drawn, key, cohort)
@@ -216,85 +200,5 @@ def _no_probe(ids):
                      "in memory, data.on_device()")  # fmt: skip
 
 
-def _capacity(sizes: np.ndarray, cohort: int) -> int:
-    """Rows of the largest possible cohort, at least one."""
-    rows = int(np.partition(sizes, -cohort)[-cohort:].sum(dtype=np.int64))
-    if rows >= 2**31:
-        raise ValueError(f"a cohort of {cohort} clients may have {rows} rows, which 32 bits don't count: use a smaller")
-    return max(rows, 1)
-
-
-def _population(data: FederatedData, cohort: int) -> Population:
-    starts, sizes = np.asarray(data.starts), np.asarray(data.sizes)
-    there = dataclasses.replace(
-        data,
-        arrays=jax.tree.map(np.asarray, data.arrays),
-        starts=jnp.asarray(starts),
-        sizes=jnp.asarray(sizes),
-        attrs=jax.tree.map(jnp.asarray, data.attrs),
-    )
-    return Population(there, starts, sizes, _capacity(sizes, cohort))
-
-
-def _fetch(source: Population, env: Env) -> Fetched:
-    """Copy a cohort's rows to the device, in the order in which they lie on the host."""
-    data = source.data
-    members = np.sort(np.asarray(env.ids))
-    inside = members < data.num_clients
-    clients = members[inside]
-    starts, sizes = source.starts[clients].astype(np.int64), source.sizes[clients].astype(np.int64)
-    first = np.cumsum(sizes) - sizes
-    count = int(sizes.sum())
-    rows = np.arange(count) + np.repeat(starts - first, sizes)
-    together = count > 0 and bool((starts[1:] == starts[:-1] + sizes[:-1]).all())
-
-    def block(leaf):
-        # A new one in every round: a device that shares the host's memory may still be reading the last.
-        out = np.empty((source.capacity, *leaf.shape[1:]), leaf.dtype)
-        if together:
-            out[:count] = leaf[starts[0] : starts[0] + count]
-        elif count:
-            np.take(leaf, rows, axis=0, out=out[:count], mode="clip")
-        out[count:] = 0
-        return jax.device_put(out)
-
-    seats = np.zeros(len(members), np.int32)
-    seats[inside] = first
-    cohort = CohortData(
-        jax.tree.map(block, data.arrays), jax.device_put(seats), data.sizes, data.attrs,
-        data.id_table, data.max_size, data.tile, jax.device_put(members),
-    )  # fmt: skip
-    return Fetched(cohort, members, inside)
-
-
 def _same(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
-
-
-def _check_own(clients: ClientStates) -> None:
-    for leaf in jax.tree.leaves(clients):
-        if not (isinstance(leaf, np.ndarray) and leaf.flags.writeable):
-            raise ValueError(
-                "this state's clients were handed on to the round after it, which writes into the same arrays: keep "
-                "state._replace(clients=jax.tree.map(np.array, state.clients)) of a state to step from twice"
-            )
-
-
-def _pick(clients: ClientStates, fetched: Fetched) -> ClientStates:
-    """The cohort's states, on the device."""
-    rows = np.where(fetched.inside, fetched.members, 0)
-    some = jax.tree.map(lambda t: jax.device_put(t[rows]), clients)
-    return some._replace(members=fetched.data.members)
-
-
-def _put_back(clients: ClientStates, new: ClientStates, fetched: Fetched) -> ClientStates:
-    """The population's states with the cohort's in their places, in the same memory."""
-    rows = fetched.members[fetched.inside]
-
-    def put(whole, some):
-        mine = whole.view()
-        mine[rows] = np.asarray(some)[fetched.inside]
-        whole.flags.writeable = False
-        return mine
-
-    return jax.tree.map(put, clients, new._replace(members=()))

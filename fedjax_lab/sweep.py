@@ -1,7 +1,6 @@
 """sweep: many runs in one program, over seeds and over numeric hyper-parameters."""
 
 import functools
-import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,12 +68,12 @@ def sweep(
       ValueError: bad arguments; a grid or seeds that are empty, repeat a value or aren't numbers; a name that
         ``make_process`` doesn't take; a value that it refuses; one that can't be traced, with the line.
     """
-    num_rounds, every = _count(num_rounds, "num_rounds", 0), _count(every, "every", 1)
+    num_rounds, every = checks.integer(num_rounds, "num_rounds", 0, 2**31), checks.integer(every, "every", 1, 2**31)
     cells = cells_of(grids, seeds)
     keywords(make_process, cells.grids)
     if evaluate is not None and not callable(evaluate):
         raise ValueError(f"evaluate must be a function of (process, state); got {checks.shown(evaluate)}")
-    batch = None if batch is None else _count(batch, "batch", 1)
+    batch = None if batch is None else checks.integer(batch, "batch", 1, 2**31)
     for name, leaf in checks.named_leaves(params):
         if checks.not_finite(leaf):
             raise ValueError(f"params leaf {name} is NaN or infinite in places: nothing could be trained from it")
@@ -150,13 +149,3 @@ def _named(logs: list[dict], measure: Evaluations | None, cells: Cells) -> tuple
         metrics[name] = np.array(values).T.reshape(*cells.shape, len(values))
         points[name] = np.array(measure.rounds)
     return metrics, points
-
-
-def _count(value: Any, name: str, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer; got {checks.shown(value)}") from None
-    if isinstance(value, bool) or not least <= number < 2**31:
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
-    return number

@@ -14,6 +14,7 @@ from fedjax_lab import checks
 from fedjax_lab.cell_program import CellProgram, Traced
 from fedjax_lab.grids import Cells
 from fedjax_lab.process import Process
+from fedjax_lab.session import rounds_of
 
 PyTree = Any
 Device = Any
@@ -136,15 +137,7 @@ class Runs:
 
         def many(state, values, data, consts, count):
             step = self._by_cell(lambda values, state: call(consts, values, state, data))
-            one = jax.eval_shape(step, values, state)[1]
-            log = jax.tree.map(lambda m: jnp.zeros((length, *m.shape), m.dtype), one)
-
-            def body(i, carry):
-                state, log = carry
-                state, metrics = step(values, state)
-                return state, jax.tree.map(lambda whole, m: whole.at[i].set(m), log, metrics)
-
-            return jax.lax.fori_loop(0, count, body, (state, log))
+            return rounds_of(lambda state: step(values, state), length, state, count)
 
         return many
 

@@ -76,6 +76,16 @@ def steps(process: fl.Process, rounds: int, seed: int = 0, params=None):
     return state, metrics
 
 
+def assert_seeds_vmap(process) -> None:
+    """One vmapped step of two seeds is each seed's own step."""
+    many = jax.jit(jax.vmap(lambda s: process.step(s, process.data)[0]))
+    keys = jax.random.split(jax.random.key(5), 2)
+    together = many(jax.tree.map(lambda *x: jnp.stack(x), *[process.init(k) for k in keys]))
+    for i, key in enumerate(keys):
+        alone = process.step(process.init(key), process.data)[0]
+        assert_close(process.params(alone), jax.tree.map(lambda x, i=i: x[i], process.params(together)))
+
+
 def assert_same_bits(a, b):
     """Equal leaf by leaf, NaN equal to NaN."""
     assert jax.tree.structure(a) == jax.tree.structure(b)

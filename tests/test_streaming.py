@@ -11,7 +11,7 @@ import pytest
 
 import fedjax_lab as fl
 from algorithms import fedavg, scaffold
-from fedjax_lab import stored, streaming
+from fedjax_lab import fetching, stored, streaming
 from fedjax_lab.process import HostStep
 from fedjax_lab.state_leaves import state_digest
 from tests.problems import SIZES, softmax_data, softmax_model
@@ -163,7 +163,7 @@ def test_only_the_cohorts_rows_are_read():
         process = fl.streamed(plain(), set_, fl.fixed([4, 1]))
         _, metrics = process.step(process.init(jax.random.key(0)), process.data)
         assert metrics["survivors"] == 2
-    fetched = streaming._fetch(streaming._population(bad, 2), fl.Env(0, None, np.array([4, 1]), *[None] * 4))
+    fetched = fetching.fetch(fetching.population_of(bad, 2), fl.Env(0, None, np.array([4, 1]), *[None] * 4))
     assert fetched.data.arrays["x"].shape == (53, 4)  # the two largest clients have 30 and 23 rows
     np.testing.assert_array_equal(fetched.data.arrays["x"][:12], data.client("c1").arrays["x"])
     np.testing.assert_array_equal(fetched.data.arrays["x"][12:20], data.client("c4").arrays["x"])
@@ -175,7 +175,7 @@ def test_clients_may_lie_in_any_order():
     ids = fl.FederatedData.from_assignment({"x": np.ones(3)}, np.arange(3)).id_table
     starts, sizes = np.array([0, 10, 4], np.int32), np.array([2, 2, 2], np.int32)
     data = fl.FederatedData({"x": np.arange(12.0, dtype=np.float32)}, starts, sizes, {}, ids, 2, 2)
-    fetched = streaming._fetch(streaming._population(data, 3), fl.Env(0, None, np.arange(3), *[None] * 4))
+    fetched = fetching.fetch(fetching.population_of(data, 3), fl.Env(0, None, np.arange(3), *[None] * 4))
     assert fetched.data.arrays["x"].tolist() == [0, 1, 10, 11, 4, 5]
     assert fetched.data.view(jnp.int32(2)).take(jnp.arange(2))["x"].tolist() == [4, 5]
 

@@ -77,7 +77,7 @@ def lloyd_max(bits: int = 1, *, scale: str = "unbiased", block: int | None = Non
 
 
 def eden(bits: int = 1, *, scale: str = "unbiased", block: int = BLOCK, passes: int = 2) -> Wire:
-    """EDEN: each client's own random rotation, then Lloyd-Max levels (Vargaftik et al., ICML 2022). Unbiased.
+    """EDEN: each client's own random rotation, then Lloyd-Max levels (Vargaftik et al., ICML 2022). Nearly unbiased.
 
     The error's expected square, as a share of the vector's, tends to .5708, .1331, .0358, .0096 for 1 to 4 bits.
 

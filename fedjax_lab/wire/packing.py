@@ -68,6 +68,23 @@ def _grouped(codes: jax.Array, group: int) -> jax.Array:
     return (jnp.concatenate([codes, jnp.zeros(pad, codes.dtype)]) if pad else codes).reshape(-1, group)
 
 
+def _recut(rows: jax.Array, width: int, other: int) -> list[jax.Array]:
+    """Rows of words of ``width`` bits, cut anew into words of ``other`` bits, each ``uint32[rows]``.
+
+    Both cover the same bits. Bits above a word's ``other`` lowest belong to the words after it.
+    """
+    columns = [rows[:, i].astype(jnp.uint32) for i in range(rows.shape[1])]
+    out = []
+    for j in range(len(columns) * width // other):
+        word = jnp.zeros(rows.shape[:1], jnp.uint32)
+        for i, column in enumerate(columns):
+            shift = i * width - j * other
+            if -width < shift < other:
+                word = word | (column << shift if shift >= 0 else column >> -shift)
+        out.append(word)
+    return out
+
+
 def _bytes(codes: jax.Array, bits: int) -> jax.Array:
     codes = codes.astype(code_type(bits))
     if bits in (8, 16, 32):
@@ -76,15 +93,7 @@ def _bytes(codes: jax.Array, bits: int) -> jax.Array:
     whole = math.lcm(bits, 8)
     group, width = whole // bits, whole // 8
     rows = _grouped(codes, group)
-    columns = [rows[:, i].astype(jnp.uint32) for i in range(group)]
-    out = []
-    for j in range(width):
-        byte = jnp.zeros(rows.shape[:1], jnp.uint32)
-        for i, column in enumerate(columns):
-            shift = i * bits - 8 * j
-            if -bits < shift < 8:
-                byte = byte | (column << shift if shift >= 0 else column >> -shift)
-        out.append(byte.astype(jnp.uint8))
+    out = [byte.astype(jnp.uint8) for byte in _recut(rows, bits, 8)]
     flat = out[0] if width == 1 else jnp.stack(out, axis=1).reshape(-1)
     return flat[: -(-codes.shape[0] * bits // 8)]
 
@@ -97,14 +106,7 @@ def unpack(data: jax.Array, bits: int, count: int) -> jax.Array:
     whole = math.lcm(bits, 8)
     group, width = whole // bits, whole // 8
     rows = _grouped(data, width)
-    columns = [rows[:, j].astype(jnp.uint32) for j in range(width)]
-    out = []
-    for i in range(group):
-        code = jnp.zeros(rows.shape[:1], jnp.uint32)
-        for j, column in enumerate(columns):
-            shift = 8 * j - i * bits
-            if -8 < shift < bits:
-                code = code | (column << shift if shift >= 0 else column >> -shift)
-        out.append((code & jnp.uint32((1 << bits) - 1)).astype(kind))
+    mask = jnp.uint32((1 << bits) - 1)
+    out = [(code & mask).astype(kind) for code in _recut(rows, 8, bits)]
     flat = out[0] if group == 1 else jnp.stack(out, axis=1).reshape(-1)
     return flat[:count]

@@ -9,7 +9,7 @@ import pytest
 import fedjax_lab as fl
 from tests.compiling import compiled_once
 from tests.laws.table import ALGORITHMS, VARIANTS, sometimes
-from tests.problems import assert_close, assert_same_bits, softmax_data, steps
+from tests.problems import assert_close, assert_same_bits, assert_seeds_vmap, softmax_data, steps
 
 COHORT = fl.uniform(5)
 
@@ -52,12 +52,7 @@ def test_scanned_and_vmapped_rounds_are_the_stepped_ones():
     body = lambda state, _: process.step(state, process.data)
     scanned = jax.jit(lambda s: jax.lax.scan(body, s, length=4)[0])(process.init(jax.random.key(0)))
     assert_close(process.server(stepped), process.server(scanned))
-    many = jax.jit(jax.vmap(lambda s: process.step(s, process.data)[0]))
-    keys = jax.random.split(jax.random.key(5), 2)
-    together = many(jax.tree.map(lambda *x: jnp.stack(x), *[process.init(k) for k in keys]))
-    for i, key in enumerate(keys):
-        alone = process.step(process.init(key), process.data)[0]
-        assert_close(process.params(alone), jax.tree.map(lambda x, i=i: x[i], process.params(together)))
+    assert_seeds_vmap(process)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():

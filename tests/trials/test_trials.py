@@ -24,6 +24,7 @@ from tests.trials import rounds, schedules
 
 MODEL = softmax_model()
 SGD = optax.sgd(0.1)
+CORRECTED = fl.transforms.control_variates(learning_rate=0.1)  # SCAFFOLD
 
 
 def base(**options):
@@ -33,7 +34,7 @@ def base(**options):
 def test_scaffold_reaches_the_optimum_that_fedavg_misses():
     data, optimum = quadratic_data()
     plain = fedavg(quadratic_model(), optax.sgd(0.2), steps=5, batch_size=None, weighting="uniform")
-    corrected = fl.compose(plain, rounds.scaffold(0.2))
+    corrected = fl.compose(plain, fl.transforms.control_variates("II", "uniform", learning_rate=0.2))
     left = {}
     for name, round in (("fedavg", plain), ("scaffold", corrected)):
         process = fl.synchronous(round, data)
@@ -44,8 +45,8 @@ def test_scaffold_reaches_the_optimum_that_fedavg_misses():
 
 def test_ditto_over_scaffold_leaves_its_global_model_untouched_and_trains_personal_ones():
     data = softmax_data()
-    inner = fl.compose(base(), rounds.scaffold(0.1))
-    outer = fl.compose(inner, rounds.ditto(0.0))
+    inner = fl.compose(base(), CORRECTED)
+    outer = fl.compose(inner, fl.transforms.personal_model(0.0))
     a, b = fl.synchronous(inner, data, fl.uniform(4)), fl.synchronous(outer, data, fl.uniform(4))
     (sa, _), (sb, _) = steps(a, 3), steps(b, 3)
     assert_same_bits(a.server(sa), b.server(sb))
@@ -91,7 +92,7 @@ def test_gossip_on_the_complete_graph_is_synchronous(make):
     round = {
         "fedavg": base(),
         "fedadam": fedadam(MODEL, SGD),
-        "scaffold": fl.compose(base(), rounds.scaffold(0.1)),
+        "scaffold": fl.compose(base(), CORRECTED),
         "sparse": fl.compose(base(), fl.uplink(wire.error_feedback(wire.top_k(0.3)))),
         "rotated": fl.compose(base(), fl.uplink(wire.hadamard(), wire.random_k(0.5))),
     }[make]
@@ -105,7 +106,7 @@ def test_buffered_asynchronous_without_staleness_is_synchronous(make):
     data = softmax_data()
     round = {
         "fedavg": base(),
-        "scaffold": fl.compose(base(), rounds.scaffold(0.1)),
+        "scaffold": fl.compose(base(), CORRECTED),
         "sparse": fl.compose(base(), fl.uplink(wire.error_feedback(wire.top_k(0.3)))),
     }[make]
     a = fl.synchronous(round, data, fl.uniform(4))
@@ -118,7 +119,9 @@ def test_buffered_asynchronous_without_staleness_is_synchronous(make):
 def test_everything_at_once():
     """Ditto over SCAFFOLD, sketched uploads: nested states and messages thread through."""
     data = softmax_data(empty=1)
-    round = fl.compose(base(), fl.uplink(wire.error_feedback(wire.top_k(5))), rounds.scaffold(0.1), rounds.ditto(0.5))
+    round = fl.compose(
+        base(), fl.uplink(wire.error_feedback(wire.top_k(5))), CORRECTED, fl.transforms.personal_model(0.5)
+    )
     process = fl.synchronous(round, data, fl.dropout(fl.uniform(5), 0.3))
     with compiled_once():
         _, metrics = steps(process, 3)

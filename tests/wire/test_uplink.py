@@ -11,7 +11,7 @@ from algorithms.fedavg import fedavg
 from fedjax_lab import wire
 from tests.compiling import compiled_once
 from tests.laws.table import ALGORITHMS
-from tests.problems import assert_close, assert_same_bits, softmax_data, softmax_model, steps
+from tests.problems import assert_close, assert_same_bits, assert_seeds_vmap, softmax_data, softmax_model, steps
 
 MODEL, SGD = softmax_model(), optax.sgd(0.1)
 SIZE = 4 * 3 + 3
@@ -136,12 +136,7 @@ def test_many_seeds_and_learning_rates_at_once():
     """A vmapped process: each cell is its own run."""
     link = wire.chain(wire.error_feedback(wire.top_k(0.3)), wire.qsgd(6))
     process = fl.synchronous(fl.compose(base(), fl.uplink(link)), softmax_data(), COHORT)
-    many = jax.jit(jax.vmap(lambda s: process.step(s, process.data)[0]))
-    keys = jax.random.split(jax.random.key(5), 2)
-    together = many(jax.tree.map(lambda *x: jnp.stack(x), *[process.init(k) for k in keys]))
-    for i, key in enumerate(keys):
-        alone = process.step(process.init(key), process.data)[0]
-        assert_close(process.params(alone), jax.tree.map(lambda x, i=i: x[i], process.params(together)))
+    assert_seeds_vmap(process)
 
 
 def test_cells_of_a_sweep_over_clip_norms_are_their_own_runs():
