@@ -1,70 +1,36 @@
-"""Convolutions that keep XLA's fast CPU kernel inside loops.
+"""Convolutions that are fast on a CPU inside loops.
 
 Outside a loop XLA brings a convolution's operands into the layout that its CPU kernel wants. In the body of a
 ``scan`` or ``while`` it leaves those of the gradients as they are, and falls back to code that is some 20
-times slower (jax 0.10: one training step of a small CNN took 35 ms outside a loop and 800 ms inside). Here the
-traced function is rewritten instead: every convolution gets its operands as NHWC and HWIO by explicit transposes.
-The user's model is not touched, and the numbers are the same sums.
+times slower (jax 0.10: one training step of a small CNN took 35 ms outside a loop and 800 ms inside). So every
+convolution gets its operands as NHWC and HWIO by explicit transposes, and the gradient of a kernel becomes a matrix
+product for each example, which takes about half of the convolution's time. The sums are the same, in another order.
 """
 
-from collections.abc import Iterator
+import functools
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import JaxprEqn
 
 CONVOLUTION = "conv_general_dilated"
+# A gradient as products copies an example once for each place in the kernel, and pays off from some input channels on.
+# 3x3 kernels on one core: 13.6 -> 6.3 ms with 32 channels, but .38 -> .74 ms with one.
+MOST_PLACES, FEWEST_CHANNELS = 25, 8
 
 
-def canonical_everywhere(program: ClosedJaxpr) -> ClosedJaxpr:
-    """The program with every convolution canonical, those in its loops included."""
-    return program.replace(jaxpr=_rewritten(program.jaxpr)) if count(program.jaxpr) else program
+def _form(eqn: JaxprEqn) -> Callable:
+    operands: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    return functools.partial(as_products if is_kernel_gradient(*operands, eqn.params) else canonical, params=eqn.params)
 
 
-def count(jaxpr: Jaxpr) -> int:
-    """How many convolutions the program has, those of its loops included."""
-    own = sum(eqn.primitive.name == CONVOLUTION for eqn in jaxpr.eqns)
-    return own + sum(count(sub) for eqn in jaxpr.eqns for sub in programs_of(eqn))
-
-
-def programs_of(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """The programs among an equation's parameters: bodies of loops, branches, calls."""
-    for value in eqn.params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(each, ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, Jaxpr):
-                yield each
-
-
-def _rewritten(jaxpr: Jaxpr) -> Jaxpr:
-    return jaxpr.replace(eqns=[_equation(eqn) for eqn in jaxpr.eqns])
-
-
-def _equation(eqn: JaxprEqn) -> JaxprEqn:
-    if eqn.primitive.name == CONVOLUTION:
-        return _as_canonical(eqn)
-    if not any(count(sub) for sub in programs_of(eqn)):
-        return eqn
-
-    def value(x):
-        if isinstance(x, ClosedJaxpr):
-            return canonical_everywhere(x)
-        if isinstance(x, Jaxpr):
-            return _rewritten(x)
-        return type(x)(map(value, x)) if type(x) in (tuple, list) else x
-
-    return eqn.replace(params={name: value(x) for name, x in eqn.params.items()})
-
-
-def _as_canonical(eqn: JaxprEqn) -> JaxprEqn:
-    """The same convolution between transposes, as one call: a program of the same types in the old one's place."""
-    operands: list[Any] = [v.aval for v in eqn.invars]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-    call = jax.make_jaxpr(jax.jit(lambda lhs, rhs: canonical(lhs, rhs, eqn.params)))(*shapes).jaxpr.eqns[0]
-    return eqn.replace(primitive=call.primitive, params=call.params)
+FORMS = {CONVOLUTION: _form}
 
 
 def canonical(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
@@ -89,4 +55,58 @@ def canonical(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Arr
         params["precision"],
         params["preferred_element_type"],
     )
-    return lax.transpose(result, tuple(int(i) for i in np.argsort(last(out))))
+    return lax.transpose(result, _inverse(last(out)))
+
+
+def is_kernel_gradient(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> bool:
+    """Does a window as large as an image give a few places? So does the gradient of a small dense kernel."""
+    names = params["dimension_numbers"]
+    window = [rhs.shape[d] for d in names.rhs_spec[2:]]
+    places = [out.shape[d] for d in names.out_spec[2:]]
+    dense = all(n == 1 for n in (*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"]))
+    ungrouped = params["feature_group_count"] == params["batch_group_count"] == 1
+    return (
+        dense
+        and ungrouped
+        and lhs.shape[names.lhs_spec[0]] >= FEWEST_CHANNELS  # a kernel's input channels take the place of a batch
+        and 1 < math.prod(places) <= MOST_PLACES
+        and all(w > p for w, p in zip(window, places, strict=True))
+    )
+
+
+def as_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """The same sums as a matrix product for each input feature (of a kernel's gradient: each example), added up.
+
+    ``out[b, s, o] = sum_f sum_k rhs[f, k, o] * lhs[f, s + k, b]`` over places ``s``, with strides and dilations of 1.
+    In a loop over ``f``, so that what is copied stays in the processor's cache.
+    """
+    names = params["dimension_numbers"]
+    first, kernel, out = names.lhs_spec, names.rhs_spec, names.out_spec
+    lhs = lax.transpose(lhs, (first[1], *first[2:], first[0]))
+    padding = [(0, 0, 0), *((low, high, 0) for low, high in params["padding"]), (0, 0, 0)]
+    lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), padding)
+    rhs = lax.transpose(rhs, (kernel[1], kernel[0], *kernel[2:]))
+    window = rhs.shape[2:]
+    places = [n - w + 1 for n, w in zip(lhs.shape[1:-1], window, strict=True)]
+    rhs = rhs.reshape(*rhs.shape[:2], -1)  # (feature, output, window)
+    wide = jnp.promote_types(jnp.float32, lhs.dtype)
+
+    def add(f, total):
+        example = lax.dynamic_index_in_dim(lhs, f, keepdims=False)
+        shifted = [
+            lax.slice(example, (*at, 0), (*map(sum, zip(at, window, strict=True)), example.shape[-1]))
+            for at in itertools.product(*map(range, places))
+        ]
+        patches = lax.concatenate(shifted, len(window)).reshape(math.prod(window), -1)
+        weights = lax.dynamic_index_in_dim(rhs, f, keepdims=False)
+        dims = (((1,), (0,)), ((), ()))
+        return total + lax.dot_general(weights, patches, dims, params["precision"], wide)
+
+    total = jnp.zeros((rhs.shape[1], math.prod(places) * lhs.shape[-1]), wide)
+    total = lax.fori_loop(0, len(lhs), add, total).reshape(-1, *places, lhs.shape[-1])  # (output, *places, batch)
+    total = total.astype(params["preferred_element_type"] or lhs.dtype)
+    return lax.transpose(total, _inverse((out[1], *out[2:], out[0])))
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argsort(order))

@@ -8,7 +8,7 @@ import jax
 from jax import core
 from jax.extend.core import Jaxpr, JaxprEqn
 
-from fedjax_lab import convolutions
+from fedjax_lab import convolutions, rewriting
 
 PyTree = Any
 
@@ -27,7 +27,7 @@ class Program(NamedTuple):
 
 
 def trace(function: Callable, *arguments: PyTree) -> Program:
-    """Trace a function of pytrees; on a CPU its convolutions get the form that is fast in loops.
+    """Trace a function of pytrees; on a CPU convolutions and pooling get the form that is fast in loops.
 
     Args:
       function: of pytrees of arrays.
@@ -35,7 +35,7 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
     """
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     if jax.default_backend() == "cpu":
-        traced = convolutions.canonical_everywhere(traced)
+        traced = rewriting.fast_in_loops(traced)
     structure = jax.tree.structure(shape)
 
     def call(*arguments):
@@ -48,7 +48,7 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
 def flops(jaxpr: Jaxpr) -> float:
     """Multiplications and additions in a program's matrix products and convolutions, loops counted once."""
     return sum(map(_own_flops, jaxpr.eqns)) + sum(
-        flops(sub) for eqn in jaxpr.eqns for sub in convolutions.programs_of(eqn)
+        flops(sub) for eqn in jaxpr.eqns for sub in rewriting.programs_of(eqn)
     )
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
-from fedjax_lab import convolutions, models
+from fedjax_lab import models, rewriting
 from tests.problems import assert_same_bits, softmax_data, softmax_model, steps
 
 KEY = jax.random.key(0)
@@ -40,7 +40,7 @@ def equations(jaxpr):
     """All of a program's equations, those of its loops and calls included."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for sub in convolutions.programs_of(eqn):
+        for sub in rewriting.programs_of(eqn):
             yield from equations(sub)
 
 

@@ -1,0 +1,72 @@
+"""A program rewritten for CPU loops computes what it did."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import core, lax
+
+from fedjax_lab import rewriting
+
+
+def before_and_after(function, *arguments):
+    """The values of a function and of its rewritten program, and the rewritten program as text."""
+    program = jax.make_jaxpr(function)(*arguments)
+    rewritten = rewriting.fast_in_loops(program)
+    run = lambda p: core.eval_jaxpr(p.jaxpr, p.consts, *arguments)
+    return run(program), run(rewritten), str(rewritten)
+
+
+@pytest.mark.parametrize("channels", [1, 8], ids=["few channels", "as products"])
+@pytest.mark.parametrize("padding", ["VALID", "SAME", [(1, 2), (0, 1)]], ids=str)
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")], ids=lambda layout: layout[0])
+def test_gradients_of_a_convolution(layout, padding, channels):
+    x = jax.random.normal(jax.random.key(0), (4, 9, 11, channels))
+    w = jax.random.normal(jax.random.key(1), (3, 2, channels, 5))
+    if layout[0] == "NCHW":
+        x, w = x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1)
+    loss = lambda x, w: jnp.sum(lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=layout) ** 2)
+    was, now, text = before_and_after(jax.grad(loss, (0, 1)), x, w)
+    assert ("dot_general" in text) == (channels == 8)
+    for a, b in zip(was, now, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max())
+
+
+@pytest.mark.parametrize(("stride", "groups"), [(2, 1), (1, 4)], ids=["strided", "grouped"])
+def test_other_convolutions_stay_convolutions(stride, groups):
+    x, w = jnp.ones((2, 6, 6, 8)), jnp.ones((3, 3, 8 // groups, 8))
+    conv = lambda w: lax.conv_general_dilated(
+        x, w, (stride,) * 2, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+    was, now, text = before_and_after(jax.grad(lambda w: jnp.sum(conv(w) ** 2)), w)
+    assert "dot_general" not in text
+    np.testing.assert_allclose(now[0], was[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 4, 5), (3, 7, 5, 5)], ids=["whole blocks", "rest at the ends"])
+def test_pooling_and_its_gradient_with_ties(shape):
+    x = jax.random.randint(jax.random.key(2), shape, 0, 3).astype(jnp.float32)  # many equals: the first one is chosen
+    loss = lambda x: jnp.sum((nn.max_pool(x, (2, 2), strides=(2, 2)) + 1.0) ** 2)
+    was, now, text = before_and_after(jax.value_and_grad(loss), x)
+    assert "reduce_window" not in text and "select_and_scatter" not in text
+    for a, b in zip(was, now, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("window", "strides", "padding"), [((3, 3), (2, 2), "VALID"), ((2, 2), (2, 2), "SAME")])
+def test_windows_that_overlap_or_stick_out_are_left(window, strides, padding):
+    x = jax.random.normal(jax.random.key(3), (2, 7, 7, 3))
+    loss = lambda x: jnp.sum(nn.max_pool(x, window, strides=strides, padding=padding) ** 2)
+    was, now, text = before_and_after(jax.grad(loss), x)
+    assert "select_and_scatter_add" in text
+    np.testing.assert_array_equal(was[0], now[0])
+
+
+def test_the_bodies_of_loops_are_rewritten_too():
+    x, w = jnp.ones((2, 6, 6, 8)), jnp.ones((3, 3, 8, 8)) / 100
+    conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    loss = lambda w: jnp.mean(nn.max_pool(conv(x, w), (2, 2), strides=(2, 2)) ** 2)
+    was, now, text = before_and_after(lambda w: lax.fori_loop(0, 3, lambda i, w: w - 0.1 * jax.grad(loss)(w), w), w)
+    assert "dot_general" in text and "select_and_scatter" not in text
+    np.testing.assert_allclose(now[0], was[0], rtol=1e-5)
