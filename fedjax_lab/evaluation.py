@@ -70,13 +70,16 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
         if personal:
             variables = round.personalize(message, state, own(client.id, client.env), key)
         else:
-            variables = round.view.get(message)
+            variables = message if "sub_models" in round.traits else round.view.get(message)
         values = mean_over_client(lambda batch, mask: round.metrics(*variables, batch), client)
         return ClientOutput(values, client.size, state, metrics=values)
 
+    broadcast = lambda server, state, client, key: round.broadcast(server, state, own(client.id, client.env), key)
+    if not personal and "sub_models" in round.traits:  # what all share is the whole, of which each is sent a part
+        broadcast = lambda server, state, client, key: round.model.get(server)
     return round._replace(
         init_client=lambda server, client: round.init_client(server, own(client.id, client.env)),
-        broadcast=lambda server, state, client, key: round.broadcast(server, state, own(client.id, client.env), key),
+        broadcast=broadcast,
         client_update=client_update,
         aggregate=aggregators.mean(),
         server_update=lambda server, metrics, key: (server, metrics),

@@ -1,9 +1,11 @@
 """Round -> Round: what is trained."""
 
+from fedjax_lab.transforms.adapters import adapters
 from fedjax_lab.transforms.apfl import apfl
 from fedjax_lab.transforms.clusters import clusters
 from fedjax_lab.transforms.control_variates import control_variates
 from fedjax_lab.transforms.coupling import coupling, in_clusters
+from fedjax_lab.transforms.fedpara import fedpara, personal_factors
 from fedjax_lab.transforms.gradient_rounds import gradient_rounds, idle_in_even_rounds
 from fedjax_lab.transforms.hypernetwork import Hypernetwork, hypernetwork, perceptron
 from fedjax_lab.transforms.knn import nearest_neighbours
@@ -12,6 +14,9 @@ from fedjax_lab.transforms.mixture import mixture, with_components
 from fedjax_lab.transforms.personal import fine_tuning, personal_model
 from fedjax_lab.transforms.pfedme import moreau, pfedme
 from fedjax_lab.transforms.private import batch_norm, leaves, private, statistics
+from fedjax_lab.transforms.pruning import pruning
 from fedjax_lab.transforms.reconstruction import reconstruction
 from fedjax_lab.transforms.splitting import split_clusters
+from fedjax_lab.transforms.submodels import federated_dropout, width_slices
 from fedjax_lab.transforms.tilting import proximal, tilted
+from fedjax_lab.transforms.units import hidden_units

@@ -60,7 +60,7 @@ def control_variates(option: str = "II", weighting: Any = "examples", learning_r
         model, view, loss = round.model, round.view, round.loss
         if model is None or view is None or loss is None:
             raise ValueError("control_variates() corrects local training, but this Round trains no model")
-        if {"partial", "many_models"} & round.traits:
+        if {"partial", "many_models", "sub_models", "pruned"} & round.traits:
             raise ValueError(
                 "control_variates() comes before transforms that split or multiply the model: put it first"
             )

@@ -52,6 +52,11 @@ def downlink(*links: Wire, deltas: bool = True) -> Transform:
     def transform(round: Round) -> Round:
         if wire.name == "identity":
             return round
+        if deltas and "moving_units" in round.traits:
+            raise ValueError(
+                "downlink() sends changes of what a client last saw, where federated_dropout() sends other units each "
+                "round: use downlink(..., deltas=False)"
+            )
         return _with_references(round, wire) if deltas else _plain(round, wire)
 
     return transform

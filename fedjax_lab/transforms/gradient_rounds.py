@@ -61,7 +61,7 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
         model, view, loss = round.model, round.view, round.loss
         if model is None or view is None or loss is None:
             raise ValueError("gradient_rounds() corrects local training, but this Round trains no model")
-        if {"partial", "many_models"} & round.traits:
+        if {"partial", "many_models", "sub_models", "pruned"} & round.traits:
             raise ValueError("gradient_rounds() comes before transforms that split or multiply the model: put it first")
 
         def init(key, data, params=None):

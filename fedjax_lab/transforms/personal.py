@@ -110,6 +110,13 @@ def received_model(round: Round, who: str) -> Callable[[PyTree, PyTree, ClientDa
     view, personalize = round.view, round.personalize
     if view is None:
         raise ValueError(f"{who} begins with the model that clients are sent, but this Round sends none")
+    if "moving_units" in round.traits:
+        raise ValueError(
+            f"{who} begins with the model that clients are sent, of which federated_dropout() sends a part, "
+            "another one each round: put that behind it"
+        )
+    if "merged" in round.traits:
+        raise ValueError(f"{who} trains, and merged adapters don't: put `merged` behind it")
     if {"partial", "many_models"} & round.traits and personalize is not None:
         return personalize
     return lambda message, state, client, key: view.get(message)

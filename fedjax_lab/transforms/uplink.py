@@ -85,6 +85,8 @@ def uplink(*links: Wire, max_weight: Any = None, denominators: Any = None) -> Tr
     def transform(round: Round) -> Round:
         if wire.name == "identity":
             return round
+        if "moving_units" in round.traits and wire.init_client is not stateless:
+            raise ValueError(f"{wire.name} remembers entries, but federated_dropout() sends others each round")
         return _protected(round, wire, max_weight, denominators) if wire.must_sum else _plain(round, wire)
 
     return transform
@@ -153,8 +155,7 @@ def _plain(round: Round, wire: Wire) -> Round:
         return dataclasses.replace(server, inner=updated, wire=own), metrics
 
     aggregate = Aggregator(lift, finish, None if inner.reduce is None else reduce)
-    upload = lambda out, message, env: out.upload
-    return _wrapped(round, wire, client_update, aggregate, server_update, upload)
+    return _wrapped(round, wire, client_update, aggregate, server_update, lambda out, message, env: out.upload)
 
 
 def is_mean_of_everything(aggregator: Aggregator, opened: PyTree, weight, message, env: Env) -> bool:
