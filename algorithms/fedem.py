@@ -1,9 +1,9 @@
 """FedEM (Marfoq, Neglia, Bellet, Kameni and Vidal, "Federated Multi-Task Learning under a Mixture of Distributions",
 NeurIPS 2021, algorithm 1).
 
-Every client's data come from a mixture of the same M distributions, in proportions of its own. Lines 5 to 7, the E step
-and the client's weights, and lines 8 to 10, the local solver with the responsibilities held, are
-:func:`fedjax_lab.transforms.mixture`; the server's means are FedAvg's, by examples. Kept per client: its M weights.
+Every client's data come from a mixture of the same M distributions, in proportions of its own. The E step, the
+client's weights, and the local solver with the responsibilities held are :func:`fedjax_lab.transforms.mixture`; the
+server's means are FedAvg's, by examples. Kept per client: its M weights.
 Travels: M models each way.
 
 Deviation: the local solver makes its steps on all components at once.

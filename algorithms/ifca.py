@@ -1,11 +1,11 @@
 """IFCA (Ghosh, Chung, Yin and Ramchandran, "An Efficient Framework for Clustered Federated Learning", NeurIPS 2020,
 algorithm 1).
 
-Line 6, the cluster estimate by the least loss, lines 7 to 11, the local work, and lines 12 to 15, the step of each
-cluster's model, are :func:`fedjax_lab.transforms.clusters` over FedAvg. Kept per client: nothing. Travels: k models
-down, one up with its cluster's number.
+The cluster estimate by the least loss, the local work (options I and II) and the step of each cluster's model are
+:func:`fedjax_lab.transforms.clusters` over FedAvg. Kept per client: nothing. Travels: k models down, one up with its
+cluster's number.
 
-Deviation: with mini-batches or unequal weights, which the paper has not, everything else stays as it is.
+Deviation: the paper's options have full batches and equal weights; others are possible here.
 """
 
 from typing import Any

@@ -128,7 +128,9 @@ def test_what_goes_behind_and_in_front():
     data, base = softmax_data(), fedavg(SOFTMAX, optax.sgd(0.1))
     for round in (
         fl.compose(base, clusters(3), fl.uplink(wire.error_feedback(wire.top_k(0.3))), fl.downlink(wire.qsgd(8))),
-        fl.compose(base, clusters(3), personal_model(0.5), fl.uplink(wire.fixed_point(16), max_weight=30)),
+        fl.compose(
+            base, clusters(3), personal_model(0.5), fl.uplink(wire.fixed_point(16, limit=1.0, clients=8), max_weight=30)
+        ),
         fl.compose(base, fl.uplink(wire.error_feedback(wire.top_k(0.3))), clusters(3)),
         fl.compose(base, private(leaves("params/b")), clusters(3)),
         fl.compose(base, personal_model(0.5), clusters(3)),
