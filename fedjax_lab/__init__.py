@@ -1,8 +1,23 @@
 """fedjax_lab: federated learning and analytics as pure functions in JAX."""
 
-from fedjax_lab import aggregators, callbacks, checks, datasets, devices, hosts, models, plots, transforms, wire
+from fedjax_lab import (
+    aggregators,
+    callbacks,
+    checks,
+    datasets,
+    devices,
+    ensembles,
+    hosts,
+    matching,
+    models,
+    plots,
+    transforms,
+    variational,
+    wire,
+)
 from fedjax_lab.client import ClientData
 from fedjax_lab.cohort import total_bytes
+from fedjax_lab.cold_start import cold_start
 from fedjax_lab.data import FederatedData, Split
 from fedjax_lab.descent import goes_downhill
 from fedjax_lab.evaluation import (
