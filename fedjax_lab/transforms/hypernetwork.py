@@ -77,9 +77,8 @@ def hypernetwork(
 
     The server must know whose an update is: secure sums are refused, and a cohort's updates are in memory at once.
     A client that the server has no embedding for is sent the model of the mean embedding;
-    :func:`fedjax_lab.cold_start` finds it an embedding of its own, with the network frozen. Over ``private(...)``, a
-    personal classifier on a body that the network makes, it is the paper's pFedHN-PC (``compose(round,
-    hypernetwork(), private(head))``).
+    :func:`fedjax_lab.cold_start` finds it an embedding of its own, with the network frozen. Over ``private(head)``, a
+    personal classifier on a body that the network makes, it is the paper's pFedHN-PC.
 
     Args:
       network: a :class:`Hypernetwork` of plain functions, or a Flax module that is called with an embedding and gives
@@ -105,8 +104,8 @@ def hypernetwork(
         model, view = round.model, round.view
         if model is None or view is None:
             raise ValueError("hypernetwork() makes the models that clients are sent, but this Round sends none")
-        if {"partial", "many_models"} & round.traits:
-            raise ValueError("hypernetwork() comes before transforms that split or multiply the model: put it first")
+        if {"many_models", "sub_models"} & round.traits:
+            raise ValueError("hypernetwork() makes whole models, one for each client, but this Round sends several")
 
         def init(key, data, params=None):
             inner = round.init(key, data, params)
@@ -127,7 +126,8 @@ def hypernetwork(
             known = (client.id >= 0) & (client.id < count)
             row = server.embeddings[jnp.clip(client.id, 0, count - 1)]
             params = of(server, server.phi, jnp.where(known, row, server.embeddings.mean(0)))
-            return view.set(message, view.get(message)._replace(params=params))
+            like = view.get(message)
+            return view.set(message, like._replace(params=_without(like.params, params)))
 
         def client_update(message, state, client, key, tilt=identity):
             out = round.client_update(message, state, client, key, tilt=tilt)
@@ -144,7 +144,7 @@ def hypernetwork(
 
         def server_update(server, aggregate, key):
             variables = model.get(server.inner)
-            deltas, states = _stacked(aggregate.uploads, variables, len(aggregate.ids))
+            deltas, states = _whole(aggregate.uploads, variables, len(aggregate.ids))
             rows = server.embeddings.at[aggregate.ids].get(mode="fill", fill_value=0)
             make = jax.vmap(lambda phi, row: of(server, phi, row), in_axes=(None, 0))
             _, pull = jax.vjp(make, server.phi, rows)
@@ -263,10 +263,15 @@ def _fits(made: Any, params: PyTree) -> None:
     raise ValueError(f"the hypernetwork gives {got}, but the model has {wanted}, or one vector of {total} numbers")
 
 
-def _stacked(uploads: Variables, variables: Variables, cohort: int) -> Variables:
-    """A cohort's changes, ``[cohort, ...]``; zeros that stand for what didn't travel have no such axis."""
-    whole = lambda u, p: u if u.ndim > p.ndim else jnp.broadcast_to(u, (cohort, *u.shape))
-    return jax.tree.map(whole, uploads, variables)
+def _without(like: PyTree, params: PyTree) -> PyTree:
+    """The parameters that travel: ``None`` where ``like``, of the same structure, has ``None``."""
+    return jax.tree.map(lambda a, p: None if a is None else p, like, params, is_leaf=lambda a: a is None)
+
+
+def _whole(uploads: Variables, variables: Variables, cohort: int) -> Variables:
+    """A cohort's changes, ``[cohort, ...]``; zeros for the private leaves, which didn't travel."""
+    one = lambda u, p: jnp.zeros((cohort, *p.shape), p.dtype) if u is None else u
+    return jax.tree.map(one, uploads, variables, is_leaf=lambda u: u is None)
 
 
 def _unchangeable(server: HyperServer, variables: Variables) -> HyperServer:

@@ -60,7 +60,11 @@ def reconstruction(
         view, lens = round.view, round.model
         if view is None or lens is None:
             raise ValueError("reconstruction() splits a model, but this Round sends none")
-        if {"partial", "many_models"} & round.traits:
+        if {"encoded", "summed"} & round.traits:
+            raise ValueError(
+                "reconstruction() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"
+            )
+        if {"partial", "many_models", "sub_models", "pruned", "merged"} & round.traits:
             raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
         local = own_training(round, client_optimizer, local_work, "reconstruction()")
 

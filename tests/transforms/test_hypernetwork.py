@@ -12,11 +12,11 @@ import pytest
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from algorithms.local_only import local_only
-from algorithms.pfedhn import pfedhn
 from algorithms.scaffold import scaffold
 from fedjax_lab.transforms import Hypernetwork, hypernetwork, leaves, perceptron, private, proximal
 from tests.laws.test_centralised import numpy_gradient
 from tests.problems import softmax_data, softmax_model, steps
+from tests.transforms.test_nothing_private import travelling
 
 MODEL = softmax_model()
 ETA, ALPHA, ALPHA_V = 0.5, 0.3, 0.2
@@ -100,8 +100,9 @@ def test_with_parameters_for_embeddings_it_is_local_training():
 def test_by_default_it_trains_with_private_heads_and_changed_objectives_too():
     data = softmax_data()
     options = {"server_optimizer": optax.adam(0.02), "embedding_learning_rate": 0.1}
-    for more in ((), (proximal(0.1), private(leaves("params/b")))):
-        round = fl.compose(pfedhn(MODEL, optax.sgd(0.3), epochs=1, **options), *more)
+    head = private(leaves("params/b"))
+    for more in ((), (proximal(0.1), head)):
+        round = fl.compose(fedavg(MODEL, optax.sgd(0.3), epochs=1), *more, hypernetwork(**options))
         process = fl.synchronous(round, data, fl.uniform(5))
         state, metrics = steps(process, 40)
         report = fl.per_client_accuracy(data)(process, state)
@@ -121,6 +122,12 @@ def test_clients_begin_near_the_initial_model():
     assert server.embeddings.shape == (2, 1)
 
 
+def test_private_heads_stay():
+    data = softmax_data((7, 4)).on_device()
+    for shapes in travelling(fl.compose(BASE, private(leaves("params/b")), hypernetwork()), data):
+        assert shapes == [(4, 3)]
+
+
 WRONG = Hypernetwork(lambda key, embedding, params: jnp.ones((7, len(embedding))), lambda phi, v: phi @ v)
 
 
@@ -133,7 +140,7 @@ WRONG = Hypernetwork(lambda key, embedding, params: jnp.ones((7, len(embedding))
         (lambda: hypernetwork(server_optimizer=0.1), "server_optimizer must come from optax"),
         (lambda: perceptron((0,)), "hidden must"),
         (lambda: fl.compose(local_only(MODEL, optax.sgd(0.1)), hypernetwork()), "this Round sends none"),
-        (lambda: fl.compose(BASE, private(leaves("params/b")), hypernetwork()), "put it first"),
+        (lambda: fl.compose(BASE, hypernetwork(), hypernetwork()), "this Round sends several"),
         (lambda: fl.synchronous(fl.compose(BASE, hypernetwork(WRONG)), softmax_data((5, 4))), "one vector of 15"),
         (
             lambda: fl.synchronous(fl.compose(scaffold(MODEL, optax.sgd(0.1)), hypernetwork()), softmax_data((5, 4))),

@@ -24,7 +24,7 @@ from tests.problems import softmax_data, steps
 BIAS = leaves("params/b")
 # Sends no model; keep a part already; names its leaves otherwise; is FedAvg.
 SKIPPED = ("local_only", "fedper", "lg_fedavg", "fedrep", "meta_sgd", "mocha", "mocha_learned", "_template")
-SKIPPED += ("fedrecon",)  # keeps a part already
+SKIPPED += ("fedrecon", "pfedhn")  # keeps a part already; makes models of what private() leaves it
 SKIPPED += ("federated_dropout", "heterofl", "pruned", "fedpara", "pfedpara", "fedlora")  # send parts; or no leaf of it
 
 
