@@ -38,6 +38,7 @@ class MochaState(NamedTuple):
       covariance: ``float32[tasks, tasks]``, the M of the coupling.
       sigma: ``float32[]``, the paper's sigma'.
       round: ``int32[]``, rounds done.
+      members: ``float32[]``, how many clients have examples.
       slots: ``float32[largest client, 0]``, nothing but the length of the clients' alpha.
     """
 
@@ -47,6 +48,7 @@ class MochaState(NamedTuple):
     covariance: jax.Array
     sigma: jax.Array
     round: jax.Array
+    members: jax.Array
     slots: jax.Array
 
 
@@ -142,7 +144,8 @@ def mocha(
         rows = jnp.zeros((data.num_clients, width), jnp.float32)
         omega, covariance, sigma = measured(coupling.start(data.num_clients))
         slots = jnp.zeros((max(data.max_size, 1), 0), jnp.float32)
-        return MochaState(rows, rows, omega, covariance, sigma, jnp.int32(0), slots)
+        members = jnp.sum(jnp.asarray(data.sizes) > 0).astype(jnp.float32)
+        return MochaState(rows, rows, omega, covariance, sigma, jnp.int32(0), members, slots)
 
     def broadcast(server, state, client, key):
         tasks = len(server.w)
@@ -169,7 +172,7 @@ def mocha(
         )
 
     def reduce(uploads, weights, ok, messages, env):
-        gap = jnp.sum(uploads.gap) / jnp.maximum(jnp.sum(ok), 1) * env.population
+        gap = jnp.sum(uploads.gap) / jnp.maximum(jnp.sum(ok), 1)
         return jnp.where(ok, env.ids, env.population), uploads, gap
 
     def server_update(server, aggregate, key):
@@ -183,8 +186,8 @@ def mocha(
             relation = jax.lax.cond(now, lambda: measured(learn(w)), lambda: relation)
             w = _models(relation[1], v)
         omega, covariance, sigma = relation
-        new = MochaState(v, w, omega, covariance, sigma, server.round + 1, server.slots)
-        return new, {"duality_gap": gap, "thetas": thetas}
+        new = MochaState(v, w, omega, covariance, sigma, server.round + 1, server.members, server.slots)
+        return new, {"duality_gap": server.members * gap, "thetas": thetas}
 
     def losses(params, model_state, batch, mask, key, train):
         x, y = _examples(batch, bias)

@@ -86,7 +86,8 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
             server = round.init(key, data, params)
             if mixing is None:
                 return CoupledServer(server, ())
-            copies = lambda w: jnp.broadcast_to(w, (len(mixing), *w.shape))
+            clients = len(mixing)
+            copies = lambda w: jnp.broadcast_to(w, (clients, *w.shape))
             return CoupledServer(server, jax.tree.map(copies, model.get(server).params))
 
         def broadcast(server, state, client, key):

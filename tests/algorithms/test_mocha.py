@@ -91,16 +91,17 @@ def test_little_work_and_dropped_nodes_only_slow_it_down():
 
 def test_a_step_by_hand():
     """One task, one example x = 2, y = 3, R = w^2/2: the minimum of (2 w - 3)^2/2 + w^2/2 is 6/5, alpha 3/5."""
-    data = fl.FederatedData.from_clients({"a": {"x": np.array([[2.0]]), "y": np.array([3.0])}})
-    process = fl.synchronous(mocha(loss="squared", coupling=couplings.fixed([[1.0]], 0.5)), data)
+    one, none = {"x": np.array([[2.0]]), "y": np.array([3.0])}, {"x": np.zeros((0, 1)), "y": np.zeros(0)}
+    data = fl.FederatedData.from_clients({"a": one, "empty": none})
+    process = fl.synchronous(mocha(loss="squared", coupling=couplings.fixed(np.eye(2), 0.5)), data)
     state, first = process.step(process.init(jax.random.key(0)), process.data)
-    np.testing.assert_allclose(process.clients(state).table, [[0.6]], rtol=1e-4)
-    np.testing.assert_allclose(state.server.w, [[1.2]], rtol=1e-4)
+    np.testing.assert_allclose(process.clients(state).table, [[0.6], [0]], rtol=1e-4)
+    np.testing.assert_allclose(state.server.w, [[1.2], [0]], rtol=1e-4)
     assert first["duality_gap"] == pytest.approx(4.5) and first["loss"] == pytest.approx(4.5)
-    assert first["theta"] < 1e-4
+    assert first["thetas"][0] < 1e-4 and first["thetas"][1] == 1  # whoever has no examples has nothing to send
     _, second = process.step(state, process.data)
     assert second["duality_gap"] < 1e-6 and second["loss"] == pytest.approx(0.18, rel=1e-3)
-    assert fl.total_bytes(first["uplink_bytes"]) == 12 and fl.total_bytes(first["downlink_bytes"]) == 8
+    assert fl.total_bytes(first["uplink_bytes"]) == 2 * 12 and fl.total_bytes(first["downlink_bytes"]) == 2 * 8
 
 
 def test_theta_is_a_bound_of_the_papers_and_falls_with_work():
