@@ -1,9 +1,13 @@
 """Rounds around a Round: state and messages that hold the inner ones, and what follows from that."""
 
+import dataclasses
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from fedjax_lab.aggregators import within
-from fedjax_lab.round import Round, identity, through
+from fedjax_lab.round import Env, Message, Round, identity, through
 
 
 def nested(round: Round, *, message: bool = True, client: bool = False, **parts: Any) -> Round:
@@ -34,3 +38,13 @@ def nested(round: Round, *, message: bool = True, client: bool = False, **parts:
         if round.view is not None:
             own["view"] = through(inside, put, round.view)
     return round._replace(**own | parts)
+
+
+def first_message(round: Round, server: Any, state: Any, client: Any) -> Message:
+    """What a client would be sent now; outside of rounds, as if it were alone in round 0."""
+    if not client.env:
+        one, here = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
+        env = Env(jnp.int32(0), jax.random.key(0), one, here, here, jnp.int32(1), jnp.int32(1))
+        plain = hasattr(client, "_replace")  # the oracle's
+        client = client._replace(env=env) if plain else dataclasses.replace(client, env=env)
+    return round.broadcast(server, state, client, jax.random.key(0))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
+from fedjax_lab.nesting import first_message
 from fedjax_lab.round import Round, Tilt, Transform, identity
 from fedjax_lab.transforms.personal import own_training, received_model
 
@@ -55,7 +56,7 @@ def apfl(alpha: Any = 0.5, *, learn_alpha: bool = False) -> Transform:
 
         def init_client(server, client):
             inner = round.init_client(server, client)
-            message = round.broadcast(server, inner, client, jax.random.key(0))
+            message = first_message(round, server, inner, client)
             own = sent(message, inner, client, jax.random.key(0))
             return MixedState(own, jnp.asarray(alpha, jnp.float32), inner)
 

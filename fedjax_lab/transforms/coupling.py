@@ -13,7 +13,7 @@ import numpy as np
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
-from fedjax_lab.nesting import nested
+from fedjax_lab.nesting import first_message, nested
 from fedjax_lab.round import Aggregator, Round, Transform, chain_tilts, identity, proximal
 
 PyTree = Any
@@ -101,7 +101,7 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
         def init_client(server, client):
             inner = round.init_client(server.inner, client)
             # A new client begins at what it would be sent now.
-            message = round.broadcast(server.inner, inner, client, jax.random.key(0))
+            message = first_message(round, server.inner, inner, client)
             start = view.get(message)
             return CoupledClient(start._replace(params=_center(mixing, server.rows, client, start.params)), inner)
 

@@ -1,13 +1,13 @@
 """What the server broadcasts goes through a wire, as changes of what each client last saw."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_lab.aggregators import within
-from fedjax_lab.round import Env, Round, Sent, Transform, identity, nbytes, through
+from fedjax_lab.nesting import first_message
+from fedjax_lab.round import Round, Sent, Transform, identity, nbytes, through
 from fedjax_lab.wire.base import Ctx, Wire, map_floats, stateless, undo, zeros_of
 from fedjax_lab.wire.chaining import chain
 
@@ -90,7 +90,7 @@ def _plain(round: Round, wire: Wire) -> Round:
 def _with_references(round: Round, wire: Wire) -> Round:
     def init_client(server, client):
         inner = round.init_client(server, client)
-        like = jax.eval_shape(lambda s, i: round.broadcast(s, i, _in_a_round(client), jax.random.key(0)), server, inner)
+        like = jax.eval_shape(lambda s, i: first_message(round, s, i, client), server, inner)
         return Seen(zeros_of(like), jnp.bool_(False), inner)
 
     def broadcast(server, state, client, key):
@@ -123,14 +123,3 @@ def _opening(round: Round) -> Round:
         aggregate=within(round.aggregate, inside),
         view=round.view and through(inside, put, round.view),
     )
-
-
-def _in_a_round(client: Any) -> Any:
-    """The client with some round's public facts: outside a round a broadcast's shape can't depend on them."""
-    if client.env:
-        return client
-    one, here = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-    env = Env(jnp.int32(0), jax.random.key(0), one, here, here, jnp.int32(1), jnp.int32(1))
-    if hasattr(client, "_replace"):  # the oracle's
-        return client._replace(env=env)
-    return dataclasses.replace(client, env=env)

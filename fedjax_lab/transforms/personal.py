@@ -12,6 +12,7 @@ from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.local import ClientOptimizer, local_training
 from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.nesting import first_message
 from fedjax_lab.round import LocalTraining, Round, Transform, identity, proximal
 
 PyTree = Any
@@ -78,7 +79,7 @@ def personal_model(lam: Any, client_optimizer: ClientOptimizer | None = None, **
         def init_client(server, client):
             inner = round.init_client(server, client)
             # What a client that was never asked would use: what the server would send it now.
-            message = round.broadcast(server, inner, client, jax.random.key(0))
+            message = first_message(round, server, inner, client)
             return PersonalState(sent(message, inner, client, jax.random.key(0)), inner)
 
         def broadcast(server, state, client, key):
