@@ -52,7 +52,8 @@ def pfedbayes(
       model: whose loss is an example's negative log-likelihood.
       client_optimizer: of means and log-scales, q's and w's.
       zeta: the paper's, weight of the divergence from w.
-      initial_scale: standard deviation that all Gaussians begin with, around the model's initialisation.
+      initial_scale: standard deviation that all Gaussians begin with, around the model's initialisation. Plain gradient
+        steps need ``learning_rate zeta / (examples initial_scale^2)`` below 2; Adam doesn't.
       beta: the paper's, how far the server moves towards the mean of the clients' w.
       samples: draws of the parameters in a local step.
       predictions: draws over which an evaluation averages.
