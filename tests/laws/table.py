@@ -33,11 +33,13 @@ from algorithms.mime import mime
 from algorithms.mime_lite import mime_lite
 from algorithms.mocha import mocha
 from algorithms.mocha_couplings import graphical, mean_regularized
+from algorithms.pfedbayes import pfedbayes
 from algorithms.pfedhn import pfedhn
 from algorithms.q_fedavg import q_fedavg
 from algorithms.q_fedsgd import q_fedsgd
 from algorithms.scaffold import scaffold
 from algorithms.term import term
+from algorithms.virtual import virtual
 from fedjax_lab.transforms import (
     apfl,
     coupling,
@@ -125,13 +127,16 @@ ALGORITHMS = {
     "mocha": Entry(lambda: mocha(loss="squared", coupling=mean_regularized(1.0, 1.0))),
     "mocha_learned": Entry(lambda: mocha(loss="squared", coupling=graphical(1.0), epochs=2, omega_every=2)),
     "coupled": over_fedavg(coupling(0.5)),
+    "virtual": Entry(lambda: virtual(MODEL, SGD, prior_scale=1.0, damping=0.5, **LOCAL)),
+    "virtual_private": Entry(lambda: virtual(MODEL, SGD, prior_scale=1.0, samples=2, private=BIAS, **LOCAL)),
+    "pfedbayes": Entry(lambda: pfedbayes(MODEL, SGD, zeta=0.5, initial_scale=0.5, **LOCAL)),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
 
 
 VARIANTS = {
     "fedavg_nesterov", "fedavg_adagrad", "fedavg_rmsprop", "scaffold_option_1", "fedpd_skipping", "term_hierarchical",
-    "apfl_learned", "mocha_learned", "per_fedavg_first_order", "per_fedavg_hessian_free",
+    "apfl_learned", "mocha_learned", "per_fedavg_first_order", "per_fedavg_hessian_free", "virtual_private",
 }  # fmt: skip
 
 

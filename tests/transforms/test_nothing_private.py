@@ -26,6 +26,7 @@ BIAS = leaves("params/b")
 SKIPPED = ("local_only", "fedper", "lg_fedavg", "fedrep", "meta_sgd", "mocha", "mocha_learned", "_template")
 SKIPPED += ("fedrecon", "pfedhn")  # keeps a part already; makes models of what private() leaves it
 SKIPPED += ("federated_dropout", "heterofl", "pruned", "fedpara", "pfedpara", "fedlora")  # send parts; or no leaf of it
+SKIPPED += ("virtual_private",)  # keeps a part already
 
 
 def travelling(round, data):
