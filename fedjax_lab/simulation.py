@@ -175,7 +175,10 @@ def _compiled(start, step, data: FederatedData, mesh: Mesh | None):
 
 
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:
-    """Aggregate and update the server; nothing at all changes in a round that nobody survived."""
+    """Aggregate and update the server; nothing at all changes in a round that nobody survived.
+
+    The trait ``"moves_alone"``: it changes if somebody was there, even if nobody sent anything.
+    """
     env = env._replace(survivors=answers.counts["survivors"])
     if round.aggregate.reduce is None:
         aggregate = round.aggregate.finish(answers.sums, env)
@@ -183,7 +186,10 @@ def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyT
         uploads, weights, ok, messages = answers.sums
         aggregate = round.aggregate.reduce(uploads, weights, ok, messages, env)
     updated, metrics = round.server_update(server, aggregate, key)
-    return select(answers.counts["survivors"] > 0, updated, server), metrics
+    heard = answers.counts["survivors"] > 0
+    if "moves_alone" in round.traits:  # keeping one's upload to oneself is an answer, too
+        heard = jnp.sum(env.present) > answers.counts["non_finite"]
+    return select(heard, updated, server), metrics
 
 
 def cohort_metrics(answers: Answers) -> dict[str, jax.Array]:
