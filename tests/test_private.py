@@ -10,7 +10,6 @@ from flax import linen as nn
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from tests.problems import assert_same_bits, softmax_data, softmax_model, steps
-from tests.trials.rounds import scaffold
 
 BIAS = lambda path: path == "params/b"
 MODEL = softmax_model()
@@ -33,7 +32,11 @@ def test_nothing_private_travels(over):
     """The message and the upload hold no leaf of the private part, control variates included."""
     data = softmax_data().on_device()
     base = fedavg(MODEL, optax.sgd(0.1))
-    round = fl.compose(base, *([scaffold(0.1)] if over == "scaffold" else []), fl.transforms.private(BIAS))
+    round = fl.compose(
+        base,
+        *([fl.transforms.control_variates(learning_rate=0.1)] if over == "scaffold" else []),
+        fl.transforms.private(BIAS),
+    )
     server, client, key = round.init(jax.random.key(0), data), data.view(jnp.int32(0)), jax.random.key(1)
     state = round.init_client(server, client)
     message = round.broadcast(server, state, client, key)
@@ -96,3 +99,17 @@ def test_a_predicate_of_all_or_nothing_is_refused(predicate, word):
     round = fl.compose(fedavg(MODEL, optax.sgd(0.1)), fl.transforms.private(predicate))
     with pytest.raises(ValueError, match=word):
         fl.synchronous(round, softmax_data())
+
+
+@pytest.mark.parametrize(
+    ("link", "word"),
+    [
+        (lambda: fl.uplink(fl.wire.qsgd(8)), "put fl.uplink behind it"),
+        (lambda: fl.uplink(fl.wire.fixed_point(limit=10, clients=8), max_weight=30), "put fl.uplink behind it"),
+        (lambda: fl.downlink(fl.wire.qsgd(8)), "fl.downlink, or whatever does that, behind it"),
+    ],
+)
+def test_what_is_encoded_already_is_refused(link, word):
+    with pytest.raises(ValueError, match=word):
+        fl.synchronous(fl.compose(fedavg(MODEL, optax.sgd(0.1)), link(), fl.transforms.private(BIAS)), softmax_data())
+    fl.synchronous(fl.compose(fedavg(MODEL, optax.sgd(0.1)), fl.transforms.private(BIAS), link()), softmax_data())

@@ -186,11 +186,11 @@ def _same_place(name, dims, values, shape) -> Followed:
         for other in others:
             dims.tie(first, other)
         axes.append(first)
-    weight = name in _KEEPS_ZERO and all(v.weight for v in full)
-    if name in ("div", "pow", "integer_pow") and len(full) == 1:
+    weight = name in _KEEPS_ZERO and all(v.weight for v in values)
+    if name == "mul":
+        weight = any(v.weight and all(a or not b for a, b in zip(v.axes, axes, strict=True)) for v in full)
+    if name in ("div", "integer_pow"):
         weight = values[0].weight
-    if name == "mul" and len(full) == 1:
-        weight = full[0].weight
     return Followed(tuple(axes), weight)
 
 
@@ -200,6 +200,8 @@ def _moved(name, eqn, dims, value, shape) -> Followed:
     elif name == "broadcast_in_dim":
         placed = dict(zip(eqn.params["broadcast_dimensions"], value.axes, strict=True))
         axes = tuple(placed.get(i) or dims.new((n,))[0] for i, n in enumerate(shape))
+        if any(n > 1 and not placed.get(i) for i, n in enumerate(shape)):  # along these it needn't vanish
+            return Followed(axes, False)
     else:
         axes = dims.reshape(value.axes, shape)
     return Followed(axes, value.weight)

@@ -15,6 +15,7 @@ from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import Model, Variables, add, difference
 from fedjax_lab.round import Oracle, Round, Tilt, Transform, chain_tilts, identity
 from fedjax_lab.transforms.personal import received_model
+from fedjax_lab.transforms.smoothness import twice_differentiable
 
 PyTree = Any
 Gradient = Callable[[PyTree], PyTree]
@@ -53,7 +54,8 @@ def per_fedavg(
 
     Raises:
       ValueError: another form, a share outside 0..1, values that aren't positive; a Round that sends no whole model;
-        when the process is built, if no client has two examples.
+        when the process is built, if no client has two examples, or for forms of second order if the loss depends on
+        parameters only through integers, rounding or ``stop_gradient`` (:mod:`fedjax_lab.transforms.smoothness`).
     """
     checks.positive(alpha, "alpha")
     checks.positive(delta, "delta")
@@ -91,7 +93,7 @@ def per_fedavg(
             params = step(params, gradient)
         return params
 
-    return _meta(tilt, adapt, support, support_batch_size, "per_fedavg()")
+    return _meta(tilt, adapt, support, support_batch_size, "per_fedavg()", form)
 
 
 def meta_sgd(*, form: str = "exact", support: float = 0.5, support_batch_size: int | None = None) -> Transform:
@@ -108,7 +110,8 @@ def meta_sgd(*, form: str = "exact", support: float = 0.5, support_batch_size: i
       support_batch_size: examples of the support that a step adapts on, drawn anew for each; ``None`` is all.
 
     Raises:
-      ValueError: another form, a share outside 0..1; a model without rates.
+      ValueError: another form, a share outside 0..1; a model without rates; for the exact form as for
+        :func:`per_fedavg`.
     """
     _known(form, ("exact", "first_order"))
 
@@ -144,7 +147,9 @@ def meta_sgd(*, form: str = "exact", support: float = 0.5, support_batch_size: i
 
         return tilt
 
-    return _meta(tilt, lambda params, gradient: step(params, gradient)[0], support, support_batch_size, "meta_sgd()")
+    return _meta(
+        tilt, lambda params, gradient: step(params, gradient)[0], support, support_batch_size, "meta_sgd()", form
+    )
 
 
 def with_rates(model: Model, rate: Any) -> Model:
@@ -205,7 +210,7 @@ def _known(form: str, forms: tuple[str, ...]) -> None:
         raise ValueError(f"form must be one of {forms}; got {checks.shown(form)}{checks.nearest(str(form), forms)}")
 
 
-def _meta(make: Callable[..., Tilt], adapt, share: float, batch_size: int | None, who: str) -> Transform:
+def _meta(make: Callable[..., Tilt], adapt, share: float, batch_size: int | None, who: str, form: str) -> Transform:
     """Local training on the query part, with a tilt that knows the support part; and the adapted model."""
     if isinstance(share, bool) or not isinstance(share, float) or not 0 < share < 1:
         raise ValueError(f"support must be a share between 0 and 1, such as 0.5; got {checks.shown(share)}")
@@ -220,7 +225,11 @@ def _meta(make: Callable[..., Tilt], adapt, share: float, batch_size: int | None
         def init(key, data, params=None):
             if not isinstance(data.sizes, Tracer) and np.asarray(data.sizes).max() < 2:
                 raise ValueError(f"{who} splits each client's data in two, but no client has two examples")
-            return round.init(key, data, params)
+            server = round.init(key, data, params)
+            if form != "first_order" and round.model is not None:
+                rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape[1:]), a.dtype), data.arrays)
+                twice_differentiable(loss, round.model.get(server), rows, who, forward=form == "exact")
+            return server
 
         def client_update(message, state, client, key, tilt=identity):
             support, query = client.split(share)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import LocalTraining, Round, Tilt, Transform, chain_tilts, identity
+from fedjax_lab.round import LocalTraining, Round, Sent, Tilt, Transform, chain_tilts, identity
 
 PyTree = Any
 
@@ -55,7 +55,8 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
         of them jointly.
 
     Raises:
-      ValueError: when the process is built, if nothing or everything is private.
+      ValueError: a Round without a model, or whose uploads are encoded or are parts of one; when the process is built,
+        if nothing or everything is private, or messages are encoded.
     """
 
     def transform(round: Round) -> Round:
@@ -64,6 +65,15 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
             raise ValueError("private() splits a model, but this Round has none")
         if "many_models" in round.traits:
             raise ValueError("private() comes before transforms that multiply the model: put it first")
+        if {"encoded", "summed"} & round.traits:
+            raise ValueError(
+                "private() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"
+            )
+        if {"sub_models", "pruned", "merged"} & round.traits:
+            raise ValueError(
+                "private() takes leaves out of whole models, but this Round sends parts of one (federated dropout, "
+                "width slices, pruning, merged adapters), which don't go together"
+            )
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
@@ -77,7 +87,13 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
             return PrivateState(keep(predicate, model.get(server)), round.init_client(server, client))
 
         def broadcast(server, state, client, key):
-            return strip(predicate, model.get(server), round.broadcast(server, state.inner, client, key))
+            message = round.broadcast(server, state.inner, client, key)
+            if any(isinstance(part, Sent) for part in jax.tree.leaves(message, is_leaf=lambda x: isinstance(x, Sent))):
+                raise ValueError(
+                    "private() takes leaves out of messages, but this Round's are encoded and counted already: put "
+                    "fl.downlink, or whatever does that, behind it"
+                )
+            return strip(predicate, model.get(server), message)
 
         def received(message, state):
             """The inner message as the client completes it."""

@@ -80,7 +80,9 @@ def travelling(round):
     return [[leaf.shape for leaf in jax.tree.leaves(part)] for part in jax.eval_shape(turn, jax.random.key(0))]
 
 
-@pytest.mark.parametrize("over", ["fedavg", "fedprox", "scaffold", "private"])
+@pytest.mark.parametrize(
+    "over", ["scaffold", "private", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fedavg", "fedprox"))]
+)
 def test_nothing_frozen_travels(over):
     sgd = optax.sgd(RATE)
     round = {
@@ -96,6 +98,7 @@ def test_nothing_frozen_travels(over):
     fl.synchronous(round, DATA)  # the whole round has stable types
 
 
+@pytest.mark.slow
 def test_bytes_with_links_and_a_head_that_is_trained_whole():
     round = fedlora(MODEL, optax.sgd(RATE), base=BASE, rank=1, predicate=leaves("hidden/*"), whole=leaves("output/*"))
     wire = fl.wire

@@ -88,6 +88,7 @@ def test_gradients_are_the_chain_rule_s():
     np.testing.assert_allclose(grads.y2, (outer * (x1 @ y1.T)).T @ x2, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_factors_travel_and_links_work_on_them():
     round = fedpara_of_fedavg(MODEL, optax.sgd(0.1), rank=2, batch_size=None)
     process = fl.synchronous(fl.compose(round, fl.uplink(fl.wire.error_feedback(fl.wire.top_k(10)))), DATA)

@@ -79,6 +79,7 @@ def test_bytes_are_of_what_is_left_and_a_mask_travels_when_it_is_news(process):
     assert set(np.asarray(process.clients(state).table.version)) == {2}
 
 
+@pytest.mark.slow
 def test_a_client_that_missed_the_news_gets_it_later():
     cohorts = jnp.array([[0, 1], [0, 1], [0, 1], [1, 2]])
     sampler = fl.Sampler(
@@ -99,7 +100,8 @@ def test_no_sparsity_is_the_inner_round():
     assert fl.compose(BASE, pruning(0.0)) is BASE
 
 
-@pytest.mark.parametrize("over", [pytest.param("fedadam", marks=pytest.mark.slow), "scaffold", "links"])
+@pytest.mark.slow
+@pytest.mark.parametrize("over", ["fedadam", "scaffold", "links"])
 def test_what_is_pruned_stays_zero_over_and_under_others(over):
     prune = pruning(0.5, start=0, end=0, every=1)
     wire = fl.wire

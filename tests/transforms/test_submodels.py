@@ -136,6 +136,7 @@ def test_full_widths_one_by_one_are_the_inner_round():
     assert_close(one.params(steps(one, 2)[0]), plain.params(steps(plain, 2)[0]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_entries_that_nobody_had_stay_whatever_the_server_optimizer_does():
     adam = fedadam(MODEL, optax.sgd(RATE), **WORK)
     process = fl.synchronous(fl.compose(adam, width_slices(0.5)), DATA)
