@@ -11,21 +11,25 @@ from algorithms._template import template
 from algorithms.adaptive_fedavg import adaptive_fedavg
 from algorithms.adaptive_fedprox import adaptive_fedprox
 from algorithms.afl import afl
+from algorithms.clustered_fl import clustered_fl
 from algorithms.fedadagrad import fedadagrad
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
 from algorithms.fedavgm import fedavgm
 from algorithms.feddane import feddane
 from algorithms.feddyn import feddyn
+from algorithms.fedem import fedem
 from algorithms.fedlin import fedlin
 from algorithms.fednova import fednova
 from algorithms.fedpa import fedpa
 from algorithms.fedpd import fedpd
-from algorithms.fedrecon import fedrecon
 from algorithms.fedprox import fedprox
+from algorithms.fedrecon import fedrecon
 from algorithms.fedrep import fedrep
 from algorithms.fedsgd import fedsgd
 from algorithms.fedyogi import fedyogi
+from algorithms.hypcluster import hypcluster
+from algorithms.ifca import ifca
 from algorithms.knn_per import knn_per
 from algorithms.l2gd import l2gd
 from algorithms.local_only import local_only
@@ -130,6 +134,10 @@ ALGORITHMS = {
     "virtual": Entry(lambda: virtual(MODEL, SGD, prior_scale=1.0, damping=0.5, **LOCAL)),
     "virtual_private": Entry(lambda: virtual(MODEL, SGD, prior_scale=1.0, samples=2, private=BIAS, **LOCAL)),
     "pfedbayes": Entry(lambda: pfedbayes(MODEL, SGD, zeta=0.5, initial_scale=0.5, **LOCAL)),
+    "ifca": Entry(lambda: ifca(MODEL, SGD, k=3, **LOCAL)),
+    "hypcluster": Entry(lambda: hypcluster(MODEL, SGD, q=2, **LOCAL)),
+    "fedem": Entry(lambda: fedem(MODEL, SGD, M=2, **LOCAL)),
+    "clustered_fl": Entry(lambda: clustered_fl(MODEL, SGD, max_clusters=3, eps1=0.3, eps2=0.35, min_rounds=1, **LOCAL)),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
 
@@ -137,6 +145,7 @@ ALGORITHMS = {
 VARIANTS = {
     "fedavg_nesterov", "fedavg_adagrad", "fedavg_rmsprop", "scaffold_option_1", "fedpd_skipping", "term_hierarchical",
     "apfl_learned", "mocha_learned", "per_fedavg_first_order", "per_fedavg_hessian_free", "virtual_private",
+    "hypcluster", "clustered_fl",
 }  # fmt: skip
 
 
