@@ -205,6 +205,7 @@ def test_an_improper_sum_is_held_at_the_prior_and_reported(everyone):
     assert np.isfinite(new.variables.params["w"]).all()
 
 
+@pytest.mark.slow
 def test_through_links_that_lose_something_it_stays_proper():
     round = virtual(softmax_model(), optax.sgd(0.1), prior_scale=0.5, epochs=1)
     lossy = fl.compose(round, fl.uplink(wire.error_feedback(wire.top_k(0.3))))
@@ -262,6 +263,7 @@ def test_evaluation_reports_uncertainty_which_falls_with_data():
 # ---- pFedBayes ----
 
 
+@pytest.mark.slow
 def test_pfedbayes_ends_where_its_objective_is_stationary():
     """q is the posterior under the prior w; w's mean and spread are those of the clients' q together. (With several
     local steps a client's copy of w drifts towards its own q, as FedAvg's models drift apart.)"""
