@@ -4,13 +4,13 @@ Ghosh, Chung, Yin and Ramchandran, "An Efficient Framework for Clustered Federat
 with the setting of the authors' code. Every digit turned by 0, 90, 180 and 270 degrees; each rotation's 60,000 digits
 are dealt to m/4 clients of n digits, a client's all turned alike. 10 full-batch steps of rate 0.1 a round, 300 rounds,
 a network of 200 hidden units. With everyone in every round, as in the paper, a run takes hours; by default a sample of
-the clients takes part in each round, and a sample of them is trained alone. --participation 1 --local-clients 4800 is
-the paper's.
+the clients takes part in each round, a larger one in IFCA's first rounds, and a sample of them is trained alone. The
+paper's is --participation 1 --early-participation 1 --local-clients 4800.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,11 @@ from algorithms.fedavg import fedavg
 from algorithms.ifca import ifca
 from algorithms.local_only import local_only
 from experiments import common, ifca_rotated_mnist_report
+from experiments.ifca_rotated_mnist_data import ROTATIONS, Data, deal, digits
+from fedjax_lab import shuffle
 from fedjax_lab.evaluation import Evaluation, pooled
 
-ROTATIONS = 4
-IFCA, GLOBAL, LOCAL = "IFCA", "global", "local"
+METHODS = IFCA, GLOBAL, LOCAL = "IFCA", "global", "local"
 # Test accuracy in percent, table 1: (m, n) of IFCA, the global model, and local models.
 PUBLISHED = {
     "4800/50": {IFCA: 94.20, GLOBAL: 86.74, LOCAL: 63.32},
@@ -40,8 +41,14 @@ PUBLISHED = {
 class Config:
     settings: tuple[str, ...] = ("1200/200",)
     """Columns of the table, clients/digits each: 4800/50, 2400/100, 1200/200; or all."""
+    methods: tuple[str, ...] = (IFCA, GLOBAL, LOCAL)
+    """Which to run."""
     participation: float = 0.01
     """Share of the clients in a round of IFCA and of the global model; the paper has 1."""
+    early_participation: float = 0.1
+    """Share of the clients in IFCA's first rounds, while its models part: one that nobody chooses then is lost."""
+    early_rounds: int = 8
+    """How many rounds that is."""
     local_clients: int = 8
     """How many clients, a quarter from each rotation, train a model alone; the paper has all."""
     num_rounds: int = 300
@@ -68,14 +75,22 @@ class Config:
             if name not in PUBLISHED and name != "all":
                 near = fl.checks.nearest(name, [*PUBLISHED, "all"])
                 raise ValueError(f"there is no setting {name!r} in the table{near}; there are {', '.join(PUBLISHED)}")
-        for name in ("settings", "seeds"):
+        for name in self.methods:
+            if name not in METHODS:
+                near = fl.checks.nearest(name, METHODS)
+                raise ValueError(f"there is no method {name!r}{near}; there are {', '.join(METHODS)}")
+        for name in ("settings", "methods", "seeds"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must name at least one, each once; got {getattr(self, name)}")
         for name in ("local_clients", "num_rounds", "steps", "hidden", "every", "train_digits", "test_digits"):
             fl.checks.positive(getattr(self, name), name, integer=True)
-        for name in ("learning_rate", "participation"):
+        for name in ("learning_rate", "participation", "early_participation"):
             fl.checks.positive(getattr(self, name), name)
         fl.checks.probability(self.participation, "participation")
+        fl.checks.probability(self.early_participation, "early_participation")
+        fl.checks.not_negative(self.early_rounds, "early_rounds", integer=True)
+        if self.early_participation < self.participation:
+            raise ValueError("early_participation must be at least participation")
         for setting in settings_of(self):
             for name in ("train_digits", "test_digits"):
                 if getattr(self, name) % setting.n:
@@ -95,7 +110,10 @@ def settings_of(config: Config) -> list[Setting]:
 
 
 PAPER = Config()
-QUICK = Config(participation=0.5, local_clients=4, num_rounds=3, steps=2, every=3, train_digits=400, test_digits=200)
+QUICK = Config(
+    participation=0.25, early_participation=0.5, early_rounds=1, local_clients=4, num_rounds=3, steps=2, every=3,
+    train_digits=400, test_digits=200,
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -110,18 +128,10 @@ class Run(NamedTuple):
         return f"{self.setting.name} {self.method} seed={self.seed}"
 
 
-class Data(NamedTuple):
-    """Clients of all rotations; the test digits as clients of n digits, and each rotation's ``[digits, ...]``."""
-
-    train: fl.FederatedData
-    test: fl.FederatedData
-    turned: dict[str, np.ndarray]
-
-
 def main(config: Config, out: Path) -> dict[str, Any]:
     """Run every method in every setting, and compare test accuracies with the published ones."""
-    runs = [Run(s, method, seed) for s in settings_of(config) for seed in config.seeds for method in PUBLISHED[s.name]]
-    raw = functools.lru_cache(maxsize=1)(lambda: digits(config))
+    runs = [Run(s, method, seed) for s in settings_of(config) for seed in config.seeds for method in config.methods]
+    raw = functools.lru_cache(maxsize=1)(lambda: digits(config.train_digits, config.test_digits, config.data_dir))
     raw()  # said now, before anything is written, if it can't be had
     data = functools.lru_cache(maxsize=1)(lambda setting, seed: deal(raw(), setting.n, seed))
     found: dict[str, dict[str, Any]] = {}
@@ -131,42 +141,6 @@ def main(config: Config, out: Path) -> dict[str, Any]:
     checks = ifca_rotated_mnist_report.all_checks(config, PAPER, rows, PUBLISHED)
     ifca_rotated_mnist_report.write(out, config, rows, results, checks)
     return common.summary(rows, checks)
-
-
-# ---- data ----
-
-
-def digits(config: Config) -> dict[str, dict[str, np.ndarray]]:
-    """MNIST in its files' order as bytes: ``x: uint8[rows, 28, 28]``, ``y: int32[rows]`` of train and test."""
-    split = fl.datasets.mnist(fl.datasets.iid(1), 0, config.data_dir)
-    found = {}
-    for name, part, count in (("train", split.train, config.train_digits), ("test", split.test, config.test_digits)):
-        x, y = (np.asarray(part.arrays[field])[:count] for field in ("x", "y"))
-        if len(y) < count:
-            raise ValueError(f"{name}_digits is {count}, but MNIST has {len(y)}")
-        found[name] = {"x": np.rint(x[..., 0] * 255).astype(np.uint8), "y": y.astype(np.int32)}
-    return found
-
-
-def deal(raw: dict[str, dict[str, np.ndarray]], n: int, seed: int) -> Data:
-    """Each rotation's training digits shuffled and dealt, its test digits in their order; ``n`` to a client."""
-    rng, train, test = np.random.default_rng(seed), [], []
-    for k in range(ROTATIONS):
-        order = rng.permutation(len(raw["train"]["y"]))
-        train.append({"x": np.rot90(raw["train"]["x"][order], k, (1, 2)), "y": raw["train"]["y"][order]})
-        test.append({"x": np.rot90(raw["test"]["x"], k, (1, 2)), "y": raw["test"]["y"]})
-    turned = jax.tree.map(lambda *parts: np.stack(parts), *test)
-    return Data(_clients(train, n, "client"), _clients(test, n, "test"), turned)
-
-
-def _clients(parts: Sequence[dict[str, np.ndarray]], n: int, name: str) -> fl.FederatedData:
-    rows = [
-        (f"{name} {k}-{i}", {field: a[i * n : (i + 1) * n] for field, a in part.items()})
-        for k, part in enumerate(parts)
-        for i in range(len(part["y"]) // n)
-    ]
-    rotation = np.repeat(np.arange(ROTATIONS, dtype=np.int32), len(rows) // ROTATIONS)
-    return fl.FederatedData.from_clients(rows, {"rotation": rotation})
 
 
 # ---- training ----
@@ -198,6 +172,7 @@ def training(config: Config, run: Run, load: Callable[[Setting, int], Data], fou
         data = load(run.setting, run.seed)
         cohort = max(round(config.participation * data.train.num_clients), 1)
         sampler, mesh = fl.uniform(cohort), common.mesh(cohort)
+        early = max(round(config.early_participation * data.train.num_clients), cohort)
         if run.method == LOCAL:
             process, evaluate = alone(config, data, local_only(model, optimizer, **work))
         elif run.method == GLOBAL:
@@ -206,6 +181,7 @@ def training(config: Config, run: Run, load: Callable[[Setting, int], Data], fou
             evaluate = fl.global_metrics(data.test)
         else:
             algorithm = ifca(model, optimizer, k=ROTATIONS, **work)
+            sampler = fewer_later(early, config.early_rounds, cohort) if config.early_rounds else sampler
             process = fl.synchronous(algorithm, data.train, sampler, mesh=mesh)
             # As the authors' code does, a test client chooses by the loss on its test digits.
             evaluate = Evaluation(fl.client_metrics(data.test, data.test, personal=True).arrays, pooled)
@@ -221,6 +197,18 @@ def training(config: Config, run: Run, load: Callable[[Setting, int], Data], fou
         return result
 
     return start
+
+
+def fewer_later(first: int, rounds: int, then: int) -> fl.Sampler:
+    """``first`` clients at random for some rounds, and ``then`` clients, no more than those, after them."""
+
+    def sample(state, key, data, probe):
+        slots = jnp.arange(first)
+        ids = shuffle.permute(slots, data.num_clients, shuffle.seed_of(key))
+        count = jnp.where(state < rounds, first, then)
+        return jnp.where(slots < count, ids, data.num_clients), jnp.ones(first, bool), state + 1
+
+    return fl.Sampler(lambda data: jnp.int32(0), sample)
 
 
 def alone(config: Config, data: Data, algorithm: fl.Round) -> tuple[fl.Process, Any]:

@@ -39,7 +39,7 @@ def all_checks(
 
 def _figure(rows: Sequence[Row], setting: str, method: str, figure: float, reason: str) -> common.Check:
     ours = accuracies(rows, setting, method)
-    reason = reason or ("" if ours else f"{setting} was not run")
+    reason = reason or ("" if ours else f"{method} was not run at {setting}")
     return common.Check(
         name=f"{setting}: test accuracy of {method}, percent",
         paper=figure,
@@ -62,7 +62,7 @@ def _sample(rows: Sequence[Row], setting: str, method: str) -> str:
 
 def _ordering(rows: Sequence[Row], setting: str, figures: Mapping[str, float], reason: str) -> common.Check:
     ours = {method: accuracies(rows, setting, method) for method in figures}
-    reason = reason or ("" if all(ours.values()) else f"{setting} was not run")
+    reason = reason or ("" if all(ours.values()) else f"not all methods were run at {setting}")
     means = [mean(values) for values in ours.values() if values]
     return common.Check(
         name=f"{setting}: IFCA before one model for all, before local models",
@@ -137,8 +137,9 @@ def write(
             f"{config.num_rounds} rounds. Accuracies are of the last round. As in the authors' code, test digits are "
             "divided among test clients of as many digits, which choose a model by its loss on these same digits, "
             "labels included; and local models are tested on all test digits of their rotation. Deviation from the "
-            f"paper: {100 * config.participation:g}% of the clients take part in a round, drawn anew each time, and "
-            f"{config.local_clients} train alone; the paper has everyone.",
+            f"paper: {100 * config.participation:g}% of the clients take part in a round, drawn anew each time "
+            f"({100 * config.early_participation:g}% in IFCA's first {config.early_rounds}, while its models part), "
+            f"and {config.local_clients} train alone; the paper has everyone.",
             "The table": shown.markdown(),
             "Who chose what": chosen(rows) or "Nothing was chosen.",
             "Against the published figures": common.check_table(checks).markdown(),
