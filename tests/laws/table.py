@@ -145,7 +145,7 @@ ALGORITHMS = {
 VARIANTS = {
     "fedavg_nesterov", "fedavg_adagrad", "fedavg_rmsprop", "scaffold_option_1", "fedpd_skipping", "term_hierarchical",
     "apfl_learned", "mocha_learned", "per_fedavg_first_order", "per_fedavg_hessian_free", "virtual_private",
-    "hypcluster", "clustered_fl",
+    "hypcluster", "clustered_fl", "knn_per",
 }  # fmt: skip
 
 
