@@ -65,7 +65,7 @@ def ensemble(model: Model, members: Variables, weights: Any = None) -> Model:
         right = (jnp.argmax(found, 1) == batch["y"]).astype(jnp.float32)
         return {"loss": _nats(found, batch["y"]), "accuracy": right}
 
-    return Model(lambda key: tuple(members), loss, metrics, num_classes=classes)
+    return Model(lambda key: (members.params, members.model_state), loss, metrics, num_classes=classes)
 
 
 def teacher_of(model: Model, variables: Variables) -> Teacher:

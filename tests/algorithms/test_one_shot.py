@@ -89,6 +89,7 @@ def test_the_matched_average_of_one_network_in_many_orders_is_this_network(net):
     assert np.abs(scores(plain) - scores(variables)).max() > 0.3
 
 
+@pytest.mark.slow
 def test_networks_without_weight_do_not_count(net):
     variables, units = net
     noise = jax.tree.map(lambda x: x + 5, variables)
@@ -96,10 +97,13 @@ def test_networks_without_weight_do_not_count(net):
     np.testing.assert_allclose(scores(average), scores(variables), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_networks_from_unlike_starts_average_better_when_matched():
     """One round, each client from its own start on the same kind of data; the mean over three seeds."""
-    data = softmax_data((200, 200, 200), seed=3)
-    same = fl.FederatedData.from_arrays(data.arrays, np.random.default_rng(0).integers(0, 3, 600))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(600, 4)).astype(np.float32)
+    y = np.argmax(x @ rng.normal(size=(4, 3)), 1).astype(np.int32)
+    same = fl.FederatedData.from_arrays({"x": x, "y": y}, np.arange(600) % 3)
     wide = fl.models.mlp(3, hidden=(16,))
     work = {"steps": 150, "batch_size": None}
     process = fl.synchronous(matched_averaging(wide, optax.sgd(0.5), **work), same)
@@ -111,7 +115,7 @@ def test_networks_from_unlike_starts_average_better_when_matched():
         plain = _plain(process, wide, seed)
         losses.append((mine, plain))
     matched, unmatched = np.mean(losses, axis=0)
-    assert matched < 0.8 * unmatched
+    assert matched < 0.5 * unmatched
 
 
 def _plain(process, model, seed):
@@ -122,6 +126,7 @@ def _plain(process, model, seed):
     return fl.global_metrics(process.data)(other, state)["loss"]
 
 
+@pytest.mark.slow
 def test_one_client_alone_gets_its_own_network_back():
     data = softmax_data((12,))
     matched = fl.synchronous(matched_averaging(NET, SGD, own_starts=False, **LOCAL), data)
@@ -170,6 +175,7 @@ def test_an_ensemble_predicts_the_mean_of_its_members_probabilities(trained):
     np.testing.assert_allclose(found, (np.asarray(each[0]) + 3 * np.asarray(each[7])) / 4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_ensemble_beats_its_members_mean_loss_and_can_be_distilled(trained):
     """The mean of probabilities is never worse than the members on average (Jensen); a student comes close to it."""
     process, server, _ = trained
@@ -196,6 +202,7 @@ def test_a_students_loss_is_the_cross_entropy_with_its_teacher():
     np.testing.assert_allclose(loss, [expected] * 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_only_models_above_the_baseline_are_sent_and_the_best_are_kept():
     data = softmax_data()
     base = {"members": 3, "selection": "data", **LOCAL}
@@ -210,13 +217,14 @@ def test_only_models_above_the_baseline_are_sent_and_the_best_are_kept():
     expected = alone.params(alone.step(start, alone.data)[0])
     kept = process.server(again).members.params
     gaps = [float(jnp.abs(w - expected["w"]).max()) for w in kept["w"]]
-    assert min(gaps) < 1e-6
+    assert min(gaps) < 1e-5
     nobody = fl.synchronous(one_shot(MODEL, SGD, baseline=31, **base), data)
     state, _ = nobody.step(nobody.init(jax.random.key(0)), nobody.data)
     with pytest.raises(ValueError, match="no members"):
         ensemble_of(MODEL, nobody.server(state))
 
 
+@pytest.mark.slow
 def test_selection_by_validation_scores_examples_that_were_not_trained_on():
     data = softmax_data((30, 24))
     process = fl.synchronous(one_shot(MODEL, SGD, members=2, validation=0.5, **LOCAL), data)
@@ -247,23 +255,25 @@ def exponential_model():
     )
 
 
+@pytest.mark.slow
 def test_averaging_keeps_the_bias_of_small_samples_and_the_second_fit_takes_it_away():
     """E log(mean of n) = log(mu) - var / (2 n mu^2) + ...: here -1/16 for n = 8 exponential variables of mean 1."""
     n, clients = 8, 4000
     x = np.random.default_rng(0).exponential(size=n * clients).astype(np.float32)
     data = fl.FederatedData.from_arrays({"x": x}, np.repeat(np.arange(clients), n))
-    work = {"steps": 60, "batch_size": None}
+    work = {"steps": 400, "batch_size": None}
 
     def estimate(r):
-        process = fl.synchronous(divide_and_conquer(exponential_model(), optax.sgd(0.5), r=r, **work), data)
+        process = fl.synchronous(divide_and_conquer(exponential_model(), optax.sgd(0.3), r=r, **work), data)
         return float(process.params(steps(process, 1)[0])["t"])
 
     plain, corrected = estimate(None), estimate(0.5)
     np.testing.assert_allclose(plain, np.log(x.reshape(clients, n).mean(1)).mean(), atol=1e-4)
     assert plain == pytest.approx(-1 / 16, abs=0.02)  # digamma(8) - log(8) = -0.0638
-    assert abs(corrected) < 0.4 * abs(plain)
+    assert abs(corrected) < 0.5 * abs(plain)
 
 
+@pytest.mark.slow
 def test_one_example_has_no_smaller_part():
     data = fl.FederatedData.from_clients({0: {"x": np.array([2.0], np.float32)}})
     process = fl.synchronous(

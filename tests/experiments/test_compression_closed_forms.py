@@ -37,6 +37,7 @@ def test_a_quantizer_with_another_error_is_found_out():
     assert good.size == 17  # 64 trits in 13 bytes, and the largest entry
 
 
+@pytest.mark.slow
 def test_what_it_writes_holds_together(tmp_path, monkeypatch):
     few = [c for c in forms.all_cases() if c.name in ("QSGD, s = 3, 1024 normal", "DRIVE, biased")]
     monkeypatch.setattr(forms, "all_cases", lambda: few)

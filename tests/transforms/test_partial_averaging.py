@@ -42,6 +42,7 @@ def test_everything_in_every_round_is_the_inner_round_bit_for_bit():
 
 
 @pytest.mark.parametrize("tau", [1, 3])
+@pytest.mark.slow
 def test_everything_every_tau_rounds_is_local_sgd(tau):
     data, _ = quadratic_data()
     model, sgd = quadratic_model(3), optax.sgd(0.3)
@@ -61,6 +62,7 @@ def test_bytes_are_those_of_the_leaves_that_travel():
     assert sent == [(W, W + B + versions), (W + B, W + versions), (W, W + B + versions), (W + B, W + versions)]
 
 
+@pytest.mark.slow
 def test_leaves_that_are_not_averaged_stay_with_each_client():
     """Two clients of one row each, by hand: w is averaged, b is each one's own."""
     rows = {0: (np.ones((1, 4)), 0), 1: (-np.ones((1, 4)), 1)}
@@ -111,6 +113,7 @@ def test_one_who_was_away_takes_what_was_averaged_meanwhile():
     assert int(message.inner.length) == W
 
 
+@pytest.mark.slow
 def test_a_servers_momentum_does_not_move_what_is_not_averaged():
     base = fedavg(MODEL, SGD, server_optimizer=optax.sgd(1.0, momentum=0.9))
     process = built(base, partial_averaging(periods({"params/b": 2})))
@@ -124,6 +127,7 @@ def test_the_mean_gradient_of_one_step_is_fedsgd():
     assert_close(final(base, local_gradients(0.7)), final(fedsgd(MODEL, SGD)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_unequal_work_count_alike_where_updates_do_not():
     """Both clients sit in the same valley; one makes ten times the steps."""
     rows = {k: {"A": np.eye(1)[None], "b": np.full((1, 1), b)} for k, b in enumerate((1.0, -1.0))}
@@ -137,6 +141,7 @@ def test_gradients_of_unequal_work_count_alike_where_updates_do_not():
     assert_close(final(recorded, local_gradients(), rounds=1, data=data), gradient, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sketched_sums_go_with_both():
     """A count sketch as large as the vector, decoded once after the sum, is the mean with its collisions alone."""
     link = fl.wire.count_sketch(9, width=60)

@@ -67,7 +67,10 @@ def plain():
     return process.params(state), metrics
 
 
-@pytest.mark.parametrize("name", RULES)
+ALWAYS = ("lag_wk", "cmfl")
+
+
+@pytest.mark.parametrize("name", [n if n in ALWAYS else pytest.param(n, marks=pytest.mark.slow) for n in RULES])
 def test_a_threshold_of_zero_is_the_inner_round_bit_for_bit(name, plain):
     process = fl.synchronous(fl.compose(fedavg(MODEL, SGD), RULES[name]()), softmax_data(), fl.uniform(5))
     state, metrics = steps(process, 3)
@@ -75,6 +78,7 @@ def test_a_threshold_of_zero_is_the_inner_round_bit_for_bit(name, plain):
     np.testing.assert_array_equal(metrics["uplink_bytes"], plain[1]["uplink_bytes"])
 
 
+@pytest.mark.slow
 def test_stale_values_with_a_threshold_of_zero_are_the_inner_round():
     """With everybody in every round, up to the order of additions."""
     final = lambda *t: (p := fl.synchronous(fl.compose(fedavg(MODEL, SGD), *t), softmax_data())).params(steps(p, 5)[0])
@@ -131,6 +135,7 @@ def test_lag_ps_asks_by_the_models_way():
     assert [d for *_, d in found] == [5, 1, 5, 5, 5]
 
 
+@pytest.mark.slow
 def test_cmfl_by_hand():
     """Two of four signs agree with the last move: sent for a threshold of a half, and not for more."""
     rows = {0: [3.0, 1, -1, 2], 1: [1.0, 1, -3, 2]}
@@ -152,6 +157,7 @@ def test_cmfl_by_hand():
     assert second(lambda r: 0.5 / (1 + r))[0] == 2
 
 
+@pytest.mark.slow
 def test_only_good_enough_models_are_sent():
     data = softmax_data()
     level = 0.68
@@ -169,6 +175,7 @@ def test_only_good_enough_models_are_sent():
     assert int(metrics["survivors"]) == sum(good) == fl.total_bytes(metrics["uplink_bytes"]) // 60
 
 
+@pytest.mark.slow
 def test_a_silent_client_keeps_its_state_and_goes_well_with_links():
     """As if it had not taken part: SCAFFOLD's control variates still add up to the server's."""
     data = softmax_data()
