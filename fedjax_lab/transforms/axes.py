@@ -99,7 +99,8 @@ class Dimensions:
         first, second = list(self.resolve(a)), list(self.resolve(b))
         while first and second:
             if first[0] == second[0]:
-                first.pop(0), second.pop(0)
+                first.pop(0)
+                second.pop(0)
                 continue
             if self.size[first[0]] < self.size[second[0]]:
                 first, second = second, first
