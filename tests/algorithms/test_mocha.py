@@ -63,7 +63,7 @@ def centralised(loss, data, covariance):
     return models(solver.fit(features, y).coef_[0])
 
 
-@pytest.mark.parametrize("loss", ["squared", "logistic", "hinge"])
+@pytest.mark.parametrize("loss", [pytest.param("squared", marks=pytest.mark.slow), "logistic", "hinge"])
 def test_the_gap_goes_to_zero_and_the_models_are_a_centralised_solvers(loss):
     data = tasks(loss != "squared")
     process = fl.synchronous(mocha(loss=loss, coupling=couplings.fixed(RELATED, 0.4), epochs=5), data)
@@ -104,6 +104,7 @@ def test_a_step_by_hand():
     assert fl.total_bytes(first["uplink_bytes"]) == 2 * 12 and fl.total_bytes(first["downlink_bytes"]) == 2 * 8
 
 
+@pytest.mark.slow
 def test_theta_is_a_bound_of_the_papers_and_falls_with_work():
     """Definition 1, with the subproblem solved exactly: its minimiser for the squared loss is a linear system's."""
     data, thetas = tasks(False), []
@@ -143,6 +144,7 @@ def test_the_relations_are_learned_with_the_models():
     assert metrics["duality_gap"][-1] < 1e-5
 
 
+@pytest.mark.slow
 def test_uncoupled_tasks_are_learned_alone_and_a_stiff_pull_keeps_them_together():
     data, models = tasks(False), {}
     for lam1 in (0.0, 100.0):
@@ -155,6 +157,7 @@ def test_uncoupled_tasks_are_learned_alone_and_a_stiff_pull_keeps_them_together(
     assert 0 < spread[100.0] < 0.1 * spread[0.0]
 
 
+@pytest.mark.slow
 def test_each_client_is_evaluated_with_its_own_model():
     data = tasks(True)
     process = fl.synchronous(mocha(coupling=couplings.mean_regularized(0.1, 0.1), bias=True, epochs=3), data)

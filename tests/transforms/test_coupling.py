@@ -50,6 +50,7 @@ def test_the_models_solve_the_joint_problem(relations):
         np.testing.assert_allclose(process.server(state).rows, own, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_pull_it_is_local_training():
     _, _, own = models(fl.compose(BASE, coupling(0.0)), 3)
     alone = fl.synchronous(local_only(MODEL, optax.sgd(0.2), **WORK), quadratics().data)
@@ -57,6 +58,7 @@ def test_without_pull_it_is_local_training():
     np.testing.assert_allclose(own, alone.clients(state).table.variables.params, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_relations_the_engine_is_the_oracle_whoever_takes_part():
     round, data = fl.compose(BASE, coupling(0.8, PAIRS)), quadratics().data
     slow = fl.oracle_run(round, data, fl.uniform(2), num_rounds=4, seed=0)
