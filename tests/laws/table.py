@@ -13,6 +13,7 @@ from algorithms.adaptive_fedavg import adaptive_fedavg
 from algorithms.adaptive_fedprox import adaptive_fedprox
 from algorithms.afl import afl
 from algorithms.clustered_fl import clustered_fl
+from algorithms.divide_and_conquer import divide_and_conquer
 from algorithms.fedadagrad import fedadagrad
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
@@ -38,10 +39,12 @@ from algorithms.ifca import ifca
 from algorithms.knn_per import knn_per
 from algorithms.l2gd import l2gd
 from algorithms.local_only import local_only
+from algorithms.matched_averaging import matched_averaging
 from algorithms.mime import mime
 from algorithms.mime_lite import mime_lite
 from algorithms.mocha import mocha
 from algorithms.mocha_couplings import graphical, mean_regularized
+from algorithms.one_shot import one_shot
 from algorithms.pfedbayes import pfedbayes
 from algorithms.pfedhn import pfedhn
 from algorithms.pfedpara import pfedpara
@@ -52,11 +55,18 @@ from algorithms.term import term
 from algorithms.virtual import virtual
 from fedjax_lab.transforms import (
     apfl,
+    cmfl,
     coupling,
     fine_tuning,
+    lag_ps,
+    lag_wk,
     leaves,
+    local_accuracy,
+    local_gradients,
     meta_sgd,
+    partial_averaging,
     per_fedavg,
+    periods,
     personal_model,
     pfedme,
     private,
@@ -140,6 +150,12 @@ ALGORITHMS = {
     "mocha": Entry(lambda: mocha(loss="squared", coupling=mean_regularized(1.0, 1.0))),
     "mocha_learned": Entry(lambda: mocha(loss="squared", coupling=graphical(1.0), epochs=2, omega_every=2)),
     "coupled": over_fedavg(coupling(0.5)),
+    "federated_dropout": Entry(lambda: federated_dropout(NETWORK, SGD, rate=0.5, **LOCAL)),
+    "heterofl": Entry(lambda: heterofl(NETWORK, SGD, rate=0.5, **LOCAL)),
+    "pruned": over_fedavg(pruning(0.5, start=0, end=2, every=1)),
+    "fedpara": Entry(lambda: fedpara(NETWORK, SGD, rank=2, **LOCAL)),
+    "pfedpara": Entry(lambda: pfedpara(NETWORK, SGD, rank=2, **LOCAL)),
+    "fedlora": Entry(lambda: fedlora(NETWORK, SGD, base=NETWORK.init(jax.random.key(7))[0], rank=2, **LOCAL)),
     "virtual": Entry(lambda: virtual(MODEL, SGD, prior_scale=1.0, damping=0.5, **LOCAL)),
     "virtual_private": Entry(lambda: virtual(MODEL, SGD, prior_scale=1.0, samples=2, private=BIAS, **LOCAL)),
     "pfedbayes": Entry(lambda: pfedbayes(MODEL, SGD, zeta=0.5, initial_scale=0.5, **LOCAL)),
@@ -147,21 +163,27 @@ ALGORITHMS = {
     "hypcluster": Entry(lambda: hypcluster(MODEL, SGD, q=2, **LOCAL)),
     "fedem": Entry(lambda: fedem(MODEL, SGD, M=2, **LOCAL)),
     "clustered_fl": Entry(lambda: clustered_fl(MODEL, SGD, max_clusters=3, eps1=0.3, eps2=0.35, min_rounds=1, **LOCAL)),
-    "federated_dropout": Entry(lambda: federated_dropout(NETWORK, SGD, rate=0.5, **LOCAL)),
-    "heterofl": Entry(lambda: heterofl(NETWORK, SGD, rate=0.5, **LOCAL)),
-    "pruned": over_fedavg(pruning(0.5, start=0, end=2, every=1)),
-    "fedpara": Entry(lambda: fedpara(NETWORK, SGD, rank=2, **LOCAL)),
-    "pfedpara": Entry(lambda: pfedpara(NETWORK, SGD, rank=2, **LOCAL)),
-    "fedlora": Entry(lambda: fedlora(NETWORK, SGD, base=NETWORK.init(jax.random.key(7))[0], rank=2, **LOCAL)),
+    "lag_wk": over_fedavg(lag_wk(0.1)),
+    "lag_ps": over_fedavg(lag_ps(30.0, 0.1)),
+    "cmfl": over_fedavg(cmfl(0.3)),
+    "local_accuracy": over_fedavg(local_accuracy(0.3)),
+    "partial_averaging": over_fedavg(partial_averaging(periods({"params/b": 2}))),
+    "local_gradients": Entry(
+        lambda: fl.compose(fedavg(MODEL, SGD, server_optimizer=optax.sgd(0.2), **LOCAL), local_gradients(0.1))
+    ),
+    "one_shot": Entry(lambda: one_shot(MODEL, SGD, members=3, **LOCAL)),
+    "matched_averaging": Entry(lambda: matched_averaging(NETWORK, SGD, **LOCAL)),
+    "divide_and_conquer": Entry(lambda: divide_and_conquer(MODEL, SGD, r=0.5, **LOCAL)),
     "_template": Entry(lambda: template(MODEL, SGD, max_norm=1.0, **LOCAL)),
 }
 
 
 VARIANTS = {
-    "federated_dropout", "fedlora", "fedpara", "heterofl", "pfedpara",
     "fedavg_nesterov", "fedavg_adagrad", "fedavg_rmsprop", "scaffold_option_1", "fedpd_skipping", "term_hierarchical",
-    "apfl_learned", "mocha_learned", "per_fedavg_first_order", "per_fedavg_hessian_free", "virtual_private",
+    "apfl_learned", "mocha_learned", "per_fedavg_first_order", "per_fedavg_hessian_free",
     "hypcluster", "clustered_fl", "knn_per",
+    "cmfl", "divide_and_conquer", "lag_ps", "local_accuracy", "local_gradients", "matched_averaging", "one_shot",
+    "partial_averaging", "federated_dropout", "fedlora", "fedpara", "heterofl", "pfedpara", "virtual_private",
 }  # fmt: skip
 
 
