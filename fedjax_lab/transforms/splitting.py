@@ -129,7 +129,8 @@ def split_clusters(
                 zeros = lambda tree: jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), tree)
                 return zeros(lifted), zeros(flat_update(alone))
 
-            return Collected(*jax.vmap(one)(uploads, weights, ok, messages), weights, ok, env)
+            lifted, updates = jax.vmap(one)(uploads, weights, ok, messages)
+            return Collected(lifted, updates, weights, ok, env)
 
         def server_update(server, collected, key):
             env, ok, updates = collected.env, collected.ok, collected.updates
@@ -213,14 +214,14 @@ def _served(round: Round, models: PyTree, collected: Collected, cluster: jax.Arr
     """The inner server's step in every cluster that somebody of it survived, and its metrics' means over them."""
     env = collected.env
     counts = _per_cluster(collected.ok.astype(jnp.float32), cluster, slots)
-    sums = jax.tree.map(lambda x: _per_cluster(x, cluster, slots), collected.lifted)
+    value, below = jax.tree.map(lambda x: _per_cluster(x, cluster, slots), collected.lifted)
 
     def one(server, value, below, survivors, key):
         aggregate = round.aggregate.finish((value, below), env._replace(survivors=survivors))
         return round.server_update(server, aggregate, key)
 
     within = jax.tree.map(lambda x: x[:slots], models)
-    new, metrics = jax.vmap(one)(within, *sums, counts, jax.random.split(key, slots))
+    new, metrics = jax.vmap(one)(within, value, below, counts, jax.random.split(key, slots))
     kept = jax.vmap(select)(counts > 0, new, within)
     whole = jax.tree.map(lambda x, new: x.at[:slots].set(new), models, kept)
     share = counts / jnp.maximum(jnp.sum(counts), 1)
