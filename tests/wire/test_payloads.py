@@ -17,9 +17,10 @@ KINDS = [
     "low_rank", "power_sgd", "count_sketch", "fetch_sgd", "ef21", "momentum_correction", "split", "long chain",
     "golomb in blocks", "elias omega", "noise of the server", "noise in shares",
 ]  # fmt: skip
+SOME = [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in LINKS]
 
 
-@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("name", SOME)
 def test_a_payload_is_as_long_as_its_bytes_and_can_be_read_back(name):
     x = tree()
     (encode, undo), (own, server) = compiled(name), states(name)
@@ -52,7 +53,7 @@ def test_what_arrives_has_the_shapes_and_types_of_what_was_sent(name):
     assert (got["b"].dtype, got["n"].dtype) == (jnp.float32, x["n"].dtype)
 
 
-@pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in LINKS])
+@pytest.mark.parametrize("name", SOME)
 def test_over_clients_and_rounds_it_is_the_same(name):
     """vmap over clients inside scan over rounds, compiled, against each client by itself."""
     link, clients, rounds = LINKS[name], 3, 2
