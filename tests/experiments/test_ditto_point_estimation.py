@@ -21,6 +21,7 @@ def test_the_closed_forms_are_those_published(name):
         assert (setting.error(0.0), setting.error(np.inf)) == pytest.approx((local, shared), abs=5e-5)
 
 
+@pytest.mark.slow
 def test_training_ends_at_the_estimates_in_closed_form(tmp_path):
     """The means' weighted mean, on the very points that were drawn; attacked clients' errors don't count."""
     config = experiment.Config(trials=30, num_rounds=12)
