@@ -143,7 +143,7 @@ def _follow(jaxpr: Jaxpr, dims: Dimensions, values: Sequence[Followed]) -> list[
     known: dict[Any, Followed] = dict(zip((*jaxpr.constvars, *jaxpr.invars), values, strict=True))
 
     def read(v):
-        return Followed(dims.new(v.aval.shape, whole=True), False) if isinstance(v, Literal) else known[v]
+        return Followed(dims.new(np.shape(v.val), whole=True), False) if isinstance(v, Literal) else known[v]
 
     for eqn in jaxpr.eqns:
         known.update(zip(eqn.outvars, _equation(eqn, dims, [read(v) for v in eqn.invars]), strict=True))
@@ -159,7 +159,7 @@ def _equation(eqn: Any, dims: Dimensions, values: list[Followed]) -> list[Follow
     if name == "dot_general":
         return [_product(eqn.params["dimension_numbers"], dims, *values)]
     if name == "conv_general_dilated":
-        return [_convolution(eqn.params, dims, *values, shapes[0])]
+        return [_convolution(eqn.params, dims, values, shapes[0])]
     if name == "scan":
         return _scan(eqn, dims, values)
     if name in _RANDOM:
@@ -224,7 +224,8 @@ def _product(numbers, dims, left, right) -> Followed:
     return Followed((*batch, *rest), left.weight and right.weight)
 
 
-def _convolution(params, dims, left, right, shape) -> Followed:
+def _convolution(params, dims, values, shape) -> Followed:
+    left, right = values
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
     (batch, inputs, *_), (outputs, kernel_inputs, *window) = numbers.lhs_spec, numbers.rhs_spec
     channels, kernel = left.axes[inputs], right.axes[kernel_inputs]

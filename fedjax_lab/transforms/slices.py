@@ -85,8 +85,8 @@ def bytes_of(units: Units, held: dict[str, Held], tree: PyTree) -> Any:
     def size(x, factors):
         entries: Any = 1
         for n, group in (f for axis in factors for f in axis):
-            count = n if group is None else held[group].count
-            entries = entries * (held[group].k if count is None else count)
+            h = None if group is None else held[group]
+            entries = entries * (n if h is None else h.k if h.count is None else h.count)
         sizes.append(jnp.asarray(entries, jnp.uint32) * jnp.dtype(x.dtype).itemsize)
         return ()  # counted
 

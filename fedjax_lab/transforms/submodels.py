@@ -106,7 +106,8 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
         _check_round(round, who)
         if single and rate == 1:
             return round
-        model, view, loss = round.model, round.view, round.loss
+        model, view = round.model, round.view
+        loss: Any = round.loss
 
         def units_of(variables: Variables, client: ClientData) -> Units:
             if rule is not None:

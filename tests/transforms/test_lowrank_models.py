@@ -60,6 +60,7 @@ def conv():
     return fl.models.from_functions(init, lambda params, x: x, num_classes=3)
 
 
+@pytest.mark.slow
 def test_factors_start_with_the_model_s_own_variance():
     wide = network(hidden=256, features=64)
     own = wide.init(jax.random.key(0))[0]["hidden"]["kernel"]
@@ -100,6 +101,7 @@ def test_only_factors_travel_and_links_work_on_them():
     assert composed(process.params(state))["hidden"]["kernel"].shape == (4, 16)
 
 
+@pytest.mark.slow
 def test_pfedpara_keeps_half_of_each_kernel_with_its_client():
     round = pfedpara(MODEL, optax.sgd(0.3), rank=2, epochs=2)
     process = fl.synchronous(round, DATA)

@@ -81,7 +81,12 @@ def test_width_slices_train_networks_that_are_really_smaller():
     sizes = sum(4 * entries(n) for n in counts.values())
     assert fl.total_bytes(metrics["uplink_bytes"]) == sizes
     assert fl.total_bytes(metrics["downlink_bytes"]) == sizes + 3 * 4  # and each client's rate
-    # What each client would use is its own part; what all share is the whole.
+
+
+@pytest.mark.slow
+def test_evaluation_is_of_the_whole_model_and_of_each_client_s_own_width():
+    process = fl.synchronous(heterofl(MODEL, optax.sgd(RATE), rate=RATES, **WORK), DATA)
+    state, counts = process.init(jax.random.key(1)), dict(enumerate((2, 3, 5)))
     report = fl.per_client_accuracy(DATA)(process, state)
     own = [
         MODEL.metrics(part_of(process.params(state), np.arange(n)), (), DATA.client(DATA.ids[k]).arrays)["accuracy"]
@@ -119,9 +124,16 @@ def test_federated_dropout_trains_random_networks_that_are_really_smaller():
     assert len(set(seen)) > 2  # by client and round
     assert fl.total_bytes(metrics["uplink_bytes"]) == 3 * 4 * entries(3)
     assert fl.total_bytes(metrics["downlink_bytes"]) == 3 * (4 * entries(3) + 4)  # and what names the part
+
+
+@pytest.mark.slow
+def test_evaluation_of_federated_dropout_is_of_the_whole_model():
+    process = fl.synchronous(fl.compose(BASE, federated_dropout(0.5)), DATA)
+    state = process.init(jax.random.key(1))
     report = fl.per_client_accuracy(DATA)(process, state)
     whole = MODEL.metrics(process.params(state), (), DATA.arrays)["accuracy"]
     assert report["accuracy"] == pytest.approx(float(whole.mean()), abs=1e-6)
+    assert "personal_accuracy" not in report
 
 
 def test_full_width_is_the_inner_round():
