@@ -145,6 +145,18 @@ def test_the_relations_are_learned_with_the_models():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("coupling", [couplings.trace_norm(0.2, epsilon=1e-3), couplings.clustered(0.5, k=2, eta=0.3)])
+def test_subspaces_and_clusters_are_learned_with_the_models(coupling):
+    data = tasks(False)
+    process = fl.synchronous(mocha(loss="squared", coupling=coupling, epochs=5, omega_every=3), data)
+    state, metrics = after(process, 300)
+    omega, w = state.server.omega, state.server.w
+    np.testing.assert_allclose(omega, coupling.learn(w), atol=2e-4)
+    np.testing.assert_allclose(w, centralised("squared", data, coupling.covariance(omega)), atol=2e-4)
+    assert metrics["duality_gap"][-1] < 1e-5
+
+
+@pytest.mark.slow
 def test_uncoupled_tasks_are_learned_alone_and_a_stiff_pull_keeps_them_together():
     data, models = tasks(False), {}
     for lam1 in (0.0, 100.0):
