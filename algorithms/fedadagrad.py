@@ -1,4 +1,7 @@
-"""FedAdagrad (Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 2)."""
+"""FedAdagrad (Reddi et al., "Adaptive Federated Optimization", ICLR 2021, algorithm 2).
+
+Kept per client: nothing, or the client optimizer's state by choice. Travels: a model each way.
+"""
 
 from typing import Any
 

@@ -1,6 +1,8 @@
 """FedAvg (McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 AISTATS 2017, algorithm 1), with a server optimizer (Reddi et al., "Adaptive Federated Optimization",
 ICLR 2021, algorithm 1: the mean update is a pseudo-gradient).
+
+Kept per client: nothing, or the client optimizer's state by choice. Travels: a model each way.
 """
 
 from typing import Any, NamedTuple

@@ -1,5 +1,8 @@
 """FedAvgM (Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
-Classification", 2019, section 4.3): FedAvg with server momentum."""
+Classification", 2019, section 4.3): FedAvg with server momentum.
+
+Kept per client: nothing, or the client optimizer's state by choice. Travels: a model each way.
+"""
 
 from typing import Any
 

@@ -3,6 +3,8 @@
 FedAvg whose server treats the mean update as a pseudo-gradient. FedAdagrad, FedAdam and FedYogi differ
 in one line, how the second moment moves. As in algorithm 2 there is no bias correction, the second
 moment starts at tau^2, and tau is added outside the root; optax's namesakes differ in all three.
+
+Kept per client: nothing, or the client optimizer's state by choice. Travels: a model each way.
 """
 
 from collections.abc import Callable

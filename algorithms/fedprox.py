@@ -1,6 +1,8 @@
 """FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, algorithm 2).
 
 FedAvg with a proximal term in the local objective, and stragglers' partial work taken as it is.
+
+Kept per client: nothing, or the client optimizer's state by choice. Travels: a model each way.
 """
 
 from typing import Any

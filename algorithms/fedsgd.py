@@ -1,4 +1,7 @@
-"""FedSGD (McMahan et al. 2017, section 2): one gradient of all a client's data a round."""
+"""FedSGD (McMahan et al. 2017, section 2): one gradient of all a client's data a round.
+
+Kept per client: nothing. Travels: a model down, a gradient's worth up.
+"""
 
 from typing import Any
 

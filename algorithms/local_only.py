@@ -2,6 +2,8 @@
 
 The baseline that federated training has to beat for each client ("local" in Smith et al., "Federated
 Multi-Task Learning", NIPS 2017, table 1, and in Li et al., "Ditto", ICML 2021, section 3).
+
+Kept per client: its model. Travels: nothing.
 """
 
 from typing import Any, NamedTuple

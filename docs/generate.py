@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md that list what is in the project: ``make docs``.
+"""Rewrite the tables of README.md and docs/methods.md that list what is in the project: ``make docs``.
 
 They stand between ``<!-- generated: NAME -->`` and ``<!-- end -->`` and are made of the first lines of
 docstrings, so that a thing is described in one place. With ``--check`` nothing is written, and the
@@ -6,6 +6,7 @@ exit status says whether they are up to date.
 """
 
 import ast
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -16,6 +17,7 @@ from types import ModuleType
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -116,10 +118,13 @@ def reproduced() -> str:
 
 
 def speed() -> str:
-    """The benchmark's figures, as ``python -m experiments.benchmarks limit --json`` wrote them."""
+    """The benchmark's figures, as ``python -m experiments.benchmarks limit --json`` wrote them.
+
+    Rates against matrix products are told in experiments/benchmarks/README.md.
+    """
     lines = ["| Workload | Clients a round | Against | Ratio | Ours | Theirs | Runs |", "|---|---|---|---|---|---|---|"]
     for row in json.loads((FIGURES / "limit.json").read_text()):
-        if row["against"] == "matrix products":  # a rate, of which more is better: experiments/benchmarks/README.md says what it is
+        if row["against"] == "matrix products":  # a rate, of which more is better
             continue
         times = f"{row['ours']:.1f} {row['unit']} | {row['theirs']:.1f} {row['unit']}"
         lines.append(
@@ -128,7 +133,17 @@ def speed() -> str:
     return "\n".join(lines) + "\n"
 
 
+def methods() -> str:
+    """What is kept, what travels, what is held, for every method."""
+    spec = importlib.util.spec_from_file_location("methods", ROOT / "docs" / "methods.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.table()
+
+
 BLOCKS = {
+    "methods": methods,
     "reproduced": reproduced,
     "speed": speed,
     "algorithms": algorithms,
@@ -147,18 +162,19 @@ def regenerated(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     sys.path.insert(0, str(ROOT))
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = regenerated(old)
-    if new == old:
-        print("README.md is up to date")
-        return 0
-    if "--check" in arguments:
-        print("README.md lists something else than what exists; run: make docs", file=sys.stderr)
-        return 1
-    readme.write_text(new)
-    print("README.md rewritten")
-    return 0
+    status = 0
+    for page in PAGES:
+        old = page.read_text()
+        new = regenerated(old)
+        if new == old:
+            print(f"{page.name} is up to date")
+        elif "--check" in arguments:
+            print(f"{page.name} lists something else than what exists; run: make docs", file=sys.stderr)
+            status = 1
+        else:
+            page.write_text(new)
+            print(f"{page.name} rewritten")
+    return status
 
 
 if __name__ == "__main__":
