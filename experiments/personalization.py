@@ -63,7 +63,7 @@ class Config:
     """Models of IFCA, components of FedEM."""
     most_examples: int = 60
     """Training examples of a client, at most, where data sets are large (MNIST, synthetic)."""
-    every: int = 10
+    every: int = 20
     """Rounds between evaluations."""
     data_seed: int = 0
     """Of the partition, and of who comes later."""
@@ -158,7 +158,8 @@ def chosen(config: Config, study: Study) -> list[str]:
 def build(config: Config, method: str, study: Study) -> Setting:
     """A method on a partition; all seeds share what is compiled."""
     if method == MOCHA:
-        study = Study(*(signed(part) for part in study[:4]), study.classes)
+        parts = [signed(part) for part in (study.train, study.test, study.support, study.newcomers)]
+        study = Study(parts[0], parts[1], parts[2], parts[3], study.classes)
     round = methods(config, study.classes)[method]()
     alone = method == LOCAL
     sampler = fl.everyone() if alone else fl.uniform(config.cohort_size)

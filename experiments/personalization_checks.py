@@ -20,7 +20,7 @@ CLAIMS = [  # partition, method, against, metric, what is claimed, and whose exp
     ("digits", "kNN-Per", "FedAvg", "accuracy_mean", SKEW, "Marfoq et al., ICML 2022"),
     ("digits", "Per-FedAvg", "FedAvg", "accuracy_mean", SKEW, "Fallah et al., NeurIPS 2020"),
     ("digits", "kNN-Per", "FedAvg", "newcomers_personal", "those who come later gain too", "Marfoq et al., ICML 2022"),
-    ("digits", "fine-tuned", "local", "newcomers_personal", "nobody need start at nothing", "Wang et al. 2019"),
+    ("digits", "fine-tuned", "local", "newcomers_joined", "more than a newcomer learns alone", "Wang et al. 2019"),
     ("mnist", "fine-tuned", "FedAvg", "accuracy_mean", SKEW, "Wang et al. 2019"),
     ("mnist", "Ditto", "FedAvg", "accuracy_mean", SKEW, "Li et al., ICML 2021"),
     ("mnist", "pFedMe", "FedAvg", "accuracy_mean", SKEW, "Dinh et al., NeurIPS 2020"),

@@ -82,7 +82,7 @@ def clusters(config: Any) -> tuple[fl.Split, int]:
         x = rng.normal(size=(int(rng.integers(15, 60)), features)).astype(np.float32)
         noisy = x @ rules[k % 3] + 0.5 * rng.normal(size=len(x))
         clients[k] = {"x": x, "y": (noisy > 0).astype(np.int32)}
-    return fl.FederatedData.from_clients(clients).split(0.8, config.data_seed), 2
+    return fl.Split(*fl.FederatedData.from_clients(clients).split(0.8, config.data_seed)), 2
 
 
 def ratings(config: Any) -> tuple[fl.Split, int]:

@@ -44,7 +44,7 @@ def methods(config: Any, classes: int) -> dict[str, Callable[[], fl.Round]]:
         "FedPer": over(transforms.private(HEAD)),
         "FedRep": lambda: fedrep(model, sgd, head=HEAD, head_epochs=config.epochs, **work),
         "LG-FedAvg": over(transforms.private(BODY)),
-        "FedRecon": lambda: fedrecon(model, sgd, private=HEAD, **work),
+        "FedRecon": lambda: fedrecon(model, sgd, private=HEAD, reconstruction_steps=30, **work),
         "Per-FedAvg": over(transforms.per_fedavg(config.learning_rate, support_batch_size=config.batch_size)),
         "kNN-Per": lambda: knn_per(model, sgd, features=hidden_layer, **work),
         "pFedHN": lambda: pfedhn(model, sgd, embedding_learning_rate=0.1, **work),

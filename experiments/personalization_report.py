@@ -24,8 +24,8 @@ LOOKS = (  # metric, label, marker, color
     ("accuracy_mean", "mean participant", "o", "C0"),
     ("accuracy_worst10", "worst 10% of them", "|", "C0"),
     ("newcomers_received", "newcomer, as received", "x", "C3"),
-    ("newcomers_personal", "newcomer, personalised", "^", "C1"),
     ("newcomers_joined", "newcomer, after own rounds", "s", "C2"),
+    ("newcomers_personal", "newcomer, personalised", "^", "C1"),
 )
 
 
@@ -54,7 +54,7 @@ def table(rows: Sequence[Row], data: str) -> common.Table:
 def picture(rows: Sequence[Row], data_sets: Sequence[str]):
     """For each partition, the participants' and the newcomers' accuracy by method."""
     most = max(len(ran(rows, d)) for d in data_sets)
-    figure, axes = fl.plots.new_figure(1, len(data_sets), width=4.8, height=1.2 + 0.27 * most)
+    figure, axes = fl.plots.new_figure(1, len(data_sets), width=4.8, height=1.8 + 0.27 * most)
     for ax, data in zip(axes[0], data_sets, strict=True):
         names = ran(rows, data)
         for metric, label, marker, color in LOOKS:
@@ -69,7 +69,8 @@ def picture(rows: Sequence[Row], data_sets: Sequence[str]):
         ax.grid(axis="y", alpha=0.3)
         ax.set_xlabel("accuracy on a client's own test examples")
         ax.set_title(data)
-    axes[0][0].legend(frameon=False, fontsize="small", loc="lower left")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize="small", loc="outside lower center", ncols=2)
     return figure
 
 
@@ -123,11 +124,12 @@ def findings(rows: Sequence[Row], data: str) -> str:
 
 
 def _settings(config: Any) -> str:
+    seeds = "one seed" if len(config.seeds) == 1 else f"{len(config.seeds)} seeds"
     return (
         f"A network with one hidden layer of {config.hidden} units (MOCHA: a linear model), {config.num_rounds} rounds "
         f"of {config.cohort_size} participants, {config.epochs} local epochs in batches of {config.batch_size}, a "
-        f"learning rate of {config.learning_rate:g} for all methods; {len(config.seeds)} seeds. "
-        f"{common.percent(config.newcomers)} of the clients come when training is over, and then have {config.joining} "
+        f"learning rate of {config.learning_rate:g} for all methods; {seeds}. "
+        f"{config.newcomers:.0%} of the clients come when training is over, and then have {config.joining} "
         "rounds of their own. No method was tuned."
     )
 
