@@ -129,6 +129,7 @@ def after_training(config: Config, rate: float, pull: fl.Tilt) -> fl.Transform:
     """Personal models as the paper has them: theta, of one mini-batch, at the end of the local steps."""
 
     def transform(round: fl.Round) -> fl.Round:
+        assert round.loss is not None
         oracle = pull(fl.gradient_oracle(round.loss))
 
         def personalize(message, state, client, key):
