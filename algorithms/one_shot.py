@@ -88,7 +88,7 @@ def one_shot(
             return jax.random.uniform(key)
 
         def measured(batch, mask):
-            found = model.metrics(*variables, batch)
+            found = model.metrics(variables.params, variables.model_state, batch)
             if metric not in found:
                 near = fl.checks.nearest(metric, found) or f"; it has {sorted(found)}"
                 raise ValueError(f"one_shot() chooses by {metric!r}, which the model doesn't measure{near}")

@@ -27,7 +27,9 @@ MOST_PLACES, FEWEST_CHANNELS = 25, 8
 
 def _form(eqn: JaxprEqn) -> Callable:
     operands: list[Any] = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-    return functools.partial(as_products if is_kernel_gradient(*operands, eqn.params) else canonical, params=eqn.params)
+    lhs, rhs, out = operands
+    form = as_products if is_kernel_gradient(lhs, rhs, out, eqn.params) else canonical
+    return functools.partial(form, params=eqn.params)
 
 
 FORMS = {CONVOLUTION: _form}

@@ -168,7 +168,11 @@ def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key,
         sums = quiet
     env = env._replace(survivors=jnp.int32(sum(ok)))
     reduce = round.aggregate.reduce
-    aggregate = round.aggregate.finish(sums, env) if reduce is None else reduce(*_stacked(kept), env)
+    if reduce is None:
+        aggregate = round.aggregate.finish(sums, env)
+    else:
+        uploads, weights, counted, messages = _stacked(kept)
+        aggregate = reduce(uploads, weights, counted, messages, env)
     server, more = round.server_update(server, aggregate, serving)
     return server, record | more, ok
 

@@ -162,7 +162,7 @@ def divergence(q: Gaussian, p: Gaussian) -> jax.Array:
     def one(m, r, c, s):
         return jnp.sum(s - r + (jnp.exp(2 * r) + (m - c) ** 2) / 2 * jnp.exp(-2 * s) - 0.5)
 
-    return sum(jax.tree.leaves(jax.tree.map(one, q.mean, q.log_scale, p.mean, p.log_scale)))
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(one, q.mean, q.log_scale, p.mean, p.log_scale))))
 
 
 # ---- predictions ----
@@ -205,7 +205,7 @@ def _averaged(model: Model, q: Gaussian, model_state: PyTree, batch: PyTree, sam
         found = {"plain": model.metrics(theta, model_state, batch), "own": log_likelihood(theta, batch)}
         if labels is not None:
             every = jnp.arange(model.num_classes, dtype=labels.dtype)
-            relabelled = lambda c: log_likelihood(theta, {**batch, "y": jnp.full_like(labels, c)})
+            relabelled = lambda c: log_likelihood(theta, {**batch, "y": jnp.full(labels.shape, c, labels.dtype)})
             found["classes"] = jax.vmap(relabelled)(every)  # [classes, batch]; the network itself runs once
         return found
 

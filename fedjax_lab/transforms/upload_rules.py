@@ -137,7 +137,7 @@ def cmfl(threshold: Any, *, instead: str = "nothing", weighting: Any = "examples
         checks.probability(threshold, "threshold")
 
     def decide(move, seen):
-        level = threshold(seen.client.env.round) if callable(threshold) else threshold
+        level: Any = threshold(seen.client.env.round) if callable(threshold) else threshold
         run = _trained(seen, "cmfl()")
         update = difference(run.variables.params, run.start.params)
         agree = jax.tree.map(lambda a, b: jnp.sum(jnp.sign(a) == jnp.sign(b)), update, move)
