@@ -16,7 +16,7 @@ SETTINGS, PAPER = fedlab_compression.SETTINGS, fedlab_compression.PAPER
 
 
 def test_the_network_is_fedlabs():
-    params = fedlab_compression.network().init(jax.random.key(0))[0]["params"]
+    params = fedlab_compression.network().init(jax.random.key(0))[0]
     assert sum(a.size for a in jax.tree.leaves(params)) == report.PARAMETERS
     for layer, inputs in (("fc1", 784), ("fc2", 200), ("fc3", 200)):
         assert 0.95 / inputs**0.5 < np.abs(params[layer]["kernel"]).max() <= 1 / inputs**0.5
@@ -103,7 +103,7 @@ def test_what_it_writes_holds_together(tmp_path, data_dir):
 
 def test_bad_settings_are_named(capsys):
     for argv, told in (
-        (["--settings", "qsgd5"], "did you mean 'qsgd"),
+        (["--settings", "qsgd5"], "'qsgd8'"),
         (["--alpha", "0"], "alpha must"),
         (["--seeds", "1", "1"], "seeds must name"),
     ):
