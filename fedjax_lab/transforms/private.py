@@ -88,12 +88,7 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
 
         def broadcast(server, state, client, key):
             message = round.broadcast(server, state.inner, client, key)
-            if any(isinstance(part, Sent) for part in jax.tree.leaves(message, is_leaf=lambda x: isinstance(x, Sent))):
-                raise ValueError(
-                    "private() takes leaves out of messages, but this Round's are encoded and counted already: put "
-                    "fl.downlink, or whatever does that, behind it"
-                )
-            return strip(predicate, model.get(server), message)
+            return strip(predicate, model.get(server), not_encoded(message, "private()"))
 
         def received(message, state):
             """The inner message as the client completes it."""
@@ -163,6 +158,16 @@ def keep(predicate, variables: Variables) -> Variables:
 def merge(part: Variables, shared: Variables) -> Variables:
     """``part`` where it has a leaf, else ``shared``."""
     return jax.tree.map(lambda p, s: s if p is None else p, part, shared, is_leaf=lambda x: x is None)
+
+
+def not_encoded(message: PyTree, who: str) -> PyTree:
+    """The message, if leaves can be taken out of it. Raises ValueError if it is encoded and counted already."""
+    if any(isinstance(part, Sent) for part in jax.tree.leaves(message, is_leaf=lambda x: isinstance(x, Sent))):
+        raise ValueError(
+            f"{who} takes leaves out of messages, but this Round's are encoded and counted already: put fl.downlink, "
+            "or whatever does that, behind it"
+        )
+    return message
 
 
 def strip(predicate, like: Variables, tree: PyTree) -> PyTree:

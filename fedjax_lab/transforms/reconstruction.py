@@ -12,7 +12,7 @@ from fedjax_lab.local import ClientOptimizer
 from fedjax_lab.models.base import Model, Variables, initial_variables
 from fedjax_lab.round import Round, Transform, chain_tilts, identity
 from fedjax_lab.transforms.personal import own_training
-from fedjax_lab.transforms.private import fill, holding, keep, merge, strip
+from fedjax_lab.transforms.private import fill, holding, keep, merge, not_encoded, strip
 
 PyTree = Any
 
@@ -76,7 +76,8 @@ def reconstruction(
             return server
 
         def broadcast(server, state, client, key):
-            return strip(predicate, lens.get(server), round.broadcast(server, state, client, key))
+            message = not_encoded(round.broadcast(server, state, client, key), "reconstruction()")
+            return strip(predicate, lens.get(server), message)
 
         def completed(message, client, key):
             """The inner message with private leaves reconstructed from the client's examples."""
