@@ -132,6 +132,7 @@ def test_bytes_are_those_of_the_payloads():
     assert fl.total_bytes(metrics["uplink_bytes"]) == 5 * (3 * 4 + 2)
 
 
+@pytest.mark.slow
 def test_many_seeds_and_learning_rates_at_once():
     """A vmapped process: each cell is its own run."""
     link = wire.chain(wire.error_feedback(wire.top_k(0.3)), wire.qsgd(6))
@@ -139,6 +140,7 @@ def test_many_seeds_and_learning_rates_at_once():
     assert_seeds_vmap(process)
 
 
+@pytest.mark.slow
 def test_cells_of_a_sweep_over_clip_norms_are_their_own_runs():
     data = softmax_data()
 
