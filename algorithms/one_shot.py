@@ -129,6 +129,7 @@ def one_shot(
         metrics=model.metrics,
         model=fl.Lens(lambda s: s.variables, lambda s, v: s._replace(variables=v)),
         view=fl.Lens(lambda m: m, lambda m, v: v),
+        traits=frozenset({"members"}),
     )
 
 

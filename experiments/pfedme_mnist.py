@@ -69,6 +69,7 @@ class Config:
         for name in ("curves", "seeds"):
             if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must name at least one, each once; got {getattr(self, name)}")
+        fl.checks.positive(self.learning_rate, "learning_rate")
         for name in ("num_rounds", "every"):
             fl.checks.positive(getattr(self, name), name, integer=True)
 

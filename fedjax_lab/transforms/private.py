@@ -65,6 +65,8 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
             raise ValueError("private() splits a model, but this Round has none")
         if "many_models" in round.traits:
             raise ValueError("private() comes before transforms that multiply the model: put it first")
+        if "members" in round.traits:
+            raise ValueError("private() takes leaves out of uploads, but this Round's server keeps whole models")
         if {"encoded", "summed"} & round.traits:
             raise ValueError(
                 "private() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"

@@ -54,9 +54,12 @@ def command(*argv: str) -> int:
 def test_list_shows_names_and_first_lines(capsys):
     assert cli.main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["digits", "fedavg_mnist", "fedprox_synthetic"]
-    assert ["reproduce" in line for line in lines] == [False, True, True]
-    assert "FedAvg, FedProx and local training on handwritten digits" in lines[0]
+    listed = {line.split()[0]: line for line in lines}
+    assert list(listed) == sorted(listed)
+    assert {"digits", "fedavg_mnist", "fedprox_synthetic", "pfedme_mnist"} <= set(listed)
+    reproduced = {name: line.endswith("[reproduce]") for name, line in listed.items()}
+    assert reproduced["fedavg_mnist"] and reproduced["pfedme_mnist"] and not reproduced["digits"]
+    assert "FedAvg, FedProx and local training on handwritten digits" in listed["digits"]
 
 
 def test_run_writes_settings_summary_and_report(experiments, tmp_path, capsys):

@@ -27,6 +27,8 @@ SKIPPED = ("local_only", "fedper", "lg_fedavg", "fedrep", "meta_sgd", "mocha", "
 SKIPPED += ("fedrecon", "pfedhn")  # keeps a part already; makes models of what private() leaves it
 SKIPPED += ("federated_dropout", "heterofl", "pruned", "fedpara", "pfedpara", "fedlora")  # send parts; or no leaf of it
 SKIPPED += ("virtual_private",)  # keeps a part already
+SKIPPED += ("lag_ps", "partial_averaging", "one_shot")  # encode their messages, or keep whole models: refused
+SKIPPED += ("matched_averaging",)  # has no such leaf
 SKIPPED += ("ifca", "hypcluster", "clustered_fl", "fedem")  # several models: private comes first, in tests of their own
 
 
@@ -90,3 +92,12 @@ def test_what_would_send_it_is_refused_and_says_what_to_do(late):
     shared = fl.compose(ALGORITHMS["fedavg"].make(), private(BIAS))
     with pytest.raises(ValueError, match="put it first"):
         fl.compose(shared, late)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("lag_ps", "messages, but .* encoded"), ("partial_averaging", "messages, but"), ("one_shot", "whole models")],
+)
+def test_what_keeps_or_encodes_whole_models_is_refused(name, why):
+    with pytest.raises(ValueError, match=why):
+        fl.synchronous(fl.compose(ALGORITHMS[name].make(), private(BIAS)), softmax_data())
