@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,6 +221,44 @@ def write_report(out: Path, title: str, sections: Mapping[str, str]) -> None:
         return
     body = "".join(f"\n## {heading}\n\n{text.strip()}\n" for heading, text in sections.items())
     (out / "report.md").write_text(f"# {title}\n{body}")
+
+
+def write_study(
+    out: Path,
+    title: str,
+    sections: Mapping[str, str],
+    shown: Table,
+    checks: Sequence[Check],
+    figure: Any,
+    name: str = "accuracy",
+    left: int = 1,
+) -> None:
+    """Show the table, save the picture and write a report that ends with the checks and the picture.
+
+    Args:
+      out: the run's folder.
+      title, sections: of the report.
+      shown: the study's table, for the terminal; its Markdown belongs into one of the sections.
+      checks: against published figures.
+      figure, name: the picture, and its file's name without ``.png``.
+      left: columns of the table that are words.
+    """
+    shown.show(left=left)
+    save(figure, out / f"{name}.png")
+    ending = {
+        "Against the published figures": check_table(checks).markdown(),
+        "The picture": f"![{name}]({name}.png)",
+    }
+    write_report(out, title, {**sections, **ending})
+
+
+def other_settings(config: Any, paper: Any, names: Iterable[str]) -> str:
+    """Why a run can't be compared with the paper's: the first named setting that differs, in words; or ``""``."""
+    for name in names:
+        own, theirs = getattr(config, name), getattr(paper, name)
+        if own != theirs:
+            return f"{name} is {own} instead of {theirs}"
+    return ""
 
 
 def new_folder(name: str) -> Path:

@@ -273,9 +273,7 @@ def picture(config: Config, rows: Sequence[Mapping[str, Any]]):
 def write(out: Path, config: Config, rows: Sequence[Mapping[str, Any]], checks: Sequence[common.Check]) -> None:
     """Table, picture and ``report.md``."""
     shown = table(config, rows)
-    shown.show(left=2)
-    common.save(picture(config, rows), out / "errors.png")
-    common.write_report(
+    common.write_study(
         out,
         "Ditto on point estimation",
         {
@@ -283,7 +281,10 @@ def write(out: Path, config: Config, rows: Sequence[Mapping[str, Any]], checks: 
             f"steps; {config.trials} trials with each of {len(config.seeds)} seeds. lambda = 0 is local training. "
             "Errors are those of benign clients.",
             "Errors": shown.markdown(),
-            "Against the published figures": common.check_table(checks).markdown(),
-            "The picture": "![errors](errors.png)",
         },
+        shown,
+        checks,
+        picture(config, rows),
+        "errors",
+        left=2,
     )

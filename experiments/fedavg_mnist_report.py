@@ -50,8 +50,7 @@ def rounds_of(rows: Sequence[Row], cell: str) -> Rounds | None:
 
 def all_checks(config: Any, paper: Any, rows: Sequence[Row], parameters: int) -> list[common.Check]:
     """Every check; those that these settings can't evaluate say why."""
-    other = [n for n in _MUST_AGREE if getattr(config, n) != getattr(paper, n)]
-    reason = "".join(f"{n} is {getattr(config, n):g} instead of {getattr(paper, n):g}" for n in other[:1])
+    reason = common.other_settings(config, paper, _MUST_AGREE)
     checks = [
         common.Check("parameters of the 2NN", 199210, parameters, "exact", parameters == 199210,
                      "McMahan et al. 2017, section 3"),
@@ -163,9 +162,7 @@ def write(
 ) -> None:
     """Table, picture and ``report.md``."""
     shown = table(rows, cells)
-    shown.show(left=3)
-    common.save(picture(config, rows, results), out / "rounds.png")
-    common.write_report(
+    common.write_study(
         out,
         "FedAvg on MNIST: rounds to 97%",
         {
@@ -176,7 +173,10 @@ def write(
             "of those tried; a learning rate is given up once another one has been quicker. *Over* a number: not "
             "reached when the cell's limit was met there; an arrow in the picture.",
             "The table": shown.markdown(),
-            "Against the published figures": common.check_table(checks).markdown(),
-            "The picture": "![rounds](rounds.png)",
         },
+        shown,
+        checks,
+        picture(config, rows, results),
+        "rounds",
+        left=3,
     )

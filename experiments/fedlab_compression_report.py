@@ -27,8 +27,7 @@ def all_checks(
     config: Any, paper: Any, rows: Sequence[Row], settings: Mapping[str, Any], parameters: int
 ) -> list[common.Check]:
     """Every check; those that these settings can't evaluate say why."""
-    other = [n for n in _MUST_AGREE if getattr(config, n) != getattr(paper, n)]
-    reason = "".join(f"{n} is {getattr(config, n):g} instead of {getattr(paper, n):g}" for n in other[:1])
+    reason = common.other_settings(config, paper, _MUST_AGREE)
     checks = [
         common.Check("parameters of the network", PARAMETERS, parameters, "exact", parameters == PARAMETERS,
                      "FedLab's repository, fedlab/models/mlp.py"),
@@ -115,9 +114,7 @@ def write(
 ) -> None:
     """Table, picture and ``report.md``."""
     shown = table(rows, settings)
-    shown.show(left=2)
-    common.save(picture(rows, results, settings), out / "accuracy.png")
-    common.write_report(
+    common.write_study(
         out,
         "FedLab's compression benchmark on MNIST",
         {
@@ -128,7 +125,9 @@ def write(
             "The table": f"{shown.markdown()}\n\nMB up are all uploads of a run, with indices, scales and headers. "
             "FedLab's megabytes can't be these: its baseline's 302.45 MiB are 398 models, where "
             "200 rounds of 10 clients are 2,000 uploads; shares of the baseline can be compared for QSGD.",
-            "Against the published figures": common.check_table(checks).markdown(),
-            "The picture": "![accuracy](accuracy.png)",
         },
+        shown,
+        checks,
+        picture(rows, results, settings),
+        left=2,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 import fedjax_lab as fl
-from experiments.common import Check
+from experiments.common import Check, other_settings
 from experiments.fedprox_report import Row, title, values
 
 FIGURES = "Li et al. 2020, setting of figure 2; range of 3 data seeds of an independent implementation"
@@ -29,8 +29,7 @@ _MUST_AGREE = ("num_rounds", "cohort_size", "epochs", "batch_size", "learning_ra
 
 def all_checks(config: Any, paper: Any, rows: Sequence[Row], results: Mapping[str, fl.Result]) -> list[Check]:
     """Every check; those that these settings can't evaluate say why."""
-    other = [n for n in _MUST_AGREE if getattr(config, n) != getattr(paper, n)]
-    reason = "".join(f"{n} is {getattr(config, n):g} instead of {getattr(paper, n):g}" for n in other[:1])
+    reason = other_settings(config, paper, _MUST_AGREE)
     checks = [_start(results)]
     for (data, mu), ranges in RANGES.items():
         for metric, range_ in zip(("train_loss", "test_accuracy"), ranges, strict=True):

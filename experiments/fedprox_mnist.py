@@ -169,9 +169,7 @@ def accuracy(rows: Sequence[Mapping[str, Any]], part: str, method: str) -> list[
 def all_checks(config: Config, rows: Sequence[Mapping[str, Any]]) -> list[common.Check]:
     """Every check; those that these settings can't evaluate say why."""
     may = ("parts", "seeds", "every", "data_dir")
-    other = [f.name for f in dataclasses.fields(Config) if f.name not in may]
-    other = [n for n in other if getattr(config, n) != getattr(PAPER, n)]
-    reason = f"{other[0]} is {getattr(config, other[0])} instead of {getattr(PAPER, other[0])}" if other else ""
+    reason = common.other_settings(config, PAPER, (n for n in vars(PAPER) if n not in may))
 
     def check(name, paper, ours, tolerance, met, source, seeds, enough):
         few = "" if seeds >= enough else f"it needs {enough} seeds"
@@ -241,9 +239,7 @@ def write(
 ) -> None:
     """Table, picture and ``report.md``."""
     shown = table(rows)
-    shown.show(left=2)
-    common.save(picture(config, rows, results), out / "accuracy.png")
-    common.write_report(
+    common.write_study(
         out,
         "FedProx's MNIST",
         {
@@ -253,7 +249,9 @@ def write(
             f"{config.epochs} epochs; FedAvg leaves it out, FedProx takes what it did; {config.straggling_rounds} "
             "rounds.",
             "Test accuracy": shown.markdown(),
-            "Against the published figures": common.check_table(checks).markdown(),
-            "The picture": "![accuracy](accuracy.png)",
         },
+        shown,
+        checks,
+        picture(config, rows, results),
+        left=2,
     )

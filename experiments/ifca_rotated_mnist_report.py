@@ -27,8 +27,7 @@ def all_checks(
     config: Any, paper: Any, rows: Sequence[Row], published: Mapping[str, Mapping[str, float]]
 ) -> list[common.Check]:
     """Every figure of the table and the ordering in each column; those that were not evaluated say why."""
-    other = [n for n in _MUST_AGREE if getattr(config, n) != getattr(paper, n)]
-    reason = "".join(f"{n} is {getattr(config, n)} instead of {getattr(paper, n)}" for n in other[:1])
+    reason = common.other_settings(config, paper, _MUST_AGREE)
     checks = []
     for setting, figures in published.items():
         for method, figure in figures.items():
@@ -125,9 +124,7 @@ def write(
 ) -> None:
     """Table, picture and ``report.md``."""
     shown = table(rows)
-    shown.show(left=2)
-    common.save(picture(rows, results), out / "accuracy.png")
-    common.write_report(
+    common.write_study(
         out,
         "IFCA on rotated MNIST",
         {
@@ -142,7 +139,9 @@ def write(
             f"and {config.local_clients} train alone; the paper has everyone.",
             "The table": shown.markdown(),
             "Who chose what": chosen(rows) or "Nothing was chosen.",
-            "Against the published figures": common.check_table(checks).markdown(),
-            "The picture": "![test accuracy](accuracy.png)",
         },
+        shown,
+        checks,
+        picture(rows, results),
+        left=2,
     )

@@ -47,8 +47,7 @@ def all_checks(
     config: Any, paper: Any, rows: Sequence[Row], cells: Sequence[Any], parameters: int
 ) -> list[common.Check]:
     """Every check; those that these settings can't evaluate say why."""
-    other = [n for n in _MUST_AGREE if getattr(config, n) != getattr(paper, n)]
-    reason = "".join(f"{n} is {getattr(config, n):g} instead of {getattr(paper, n):g}" for n in other[:1])
+    reason = common.other_settings(config, paper, _MUST_AGREE)
     checks = [
         common.Check("parameters of the CNN", PARAMETERS, parameters, "exact", parameters == PARAMETERS,
                      "Li et al. 2022, section 5 (two 5x5 convolutions of 6 and 16 channels, layers of 120 and 84)"),
@@ -135,9 +134,7 @@ def write(
 ) -> None:
     """Table, picture and ``report.md``."""
     shown = table(rows, cells)
-    shown.show(left=2)
-    common.save(picture(rows, results), out / "accuracy.png")
-    common.write_report(
+    common.write_study(
         out,
         "NIID-Bench on MNIST",
         {
@@ -147,7 +144,9 @@ def write(
             "seeds; FedProx with the best of the mu tried "
             f"({', '.join(f'{mu:g}' for mu in config.mus)}).",
             "The table": shown.markdown(),
-            "Against the published figures": common.check_table(checks).markdown(),
-            "The picture": "![accuracy](accuracy.png)",
         },
+        shown,
+        checks,
+        picture(rows, results),
+        left=2,
     )

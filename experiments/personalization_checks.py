@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.common import Check
+from experiments.common import Check, other_settings
 
 Row = Mapping[str, Any]
 SKEW = "where labels are skewed, clients are served better by personal models than by one for all"
@@ -37,8 +37,7 @@ _MAY_DIFFER = ("data_sets", "methods", "seeds", "data_dir", "every")
 
 def all_checks(config: Any, paper: Any, rows: Sequence[Row], missing: Mapping[str, str]) -> list[Check]:
     """Every claim about the partitions that were asked for; those that can't be judged say why."""
-    other = [n for n in vars(paper) if n not in _MAY_DIFFER and getattr(config, n) != getattr(paper, n)]
-    reason = f"{other[0]} is {getattr(config, other[0])} instead of {getattr(paper, other[0])}" if other else ""
+    reason = other_settings(config, paper, (n for n in vars(paper) if n not in _MAY_DIFFER))
     return [_check(rows, missing.get(claim[0], reason), *claim) for claim in CLAIMS if claim[0] in config.data_sets]
 
 

@@ -205,9 +205,8 @@ def all_checks(
     config: Config, rows: Sequence[Mapping[str, Any]], results: Mapping[str, fl.Result], sizes: np.ndarray
 ) -> list[common.Check]:
     """Every published figure; those that these settings can't evaluate say why."""
-    other = [f.name for f in dataclasses.fields(Config) if f.name not in ("curves", "seeds", "every", "data_dir")]
-    other = [n for n in other if getattr(config, n) != getattr(PAPER, n) and n != "num_rounds"]
-    reason = f"{other[0]} is {getattr(config, other[0])} instead of {getattr(PAPER, other[0])}" if other else ""
+    may = ("curves", "seeds", "every", "data_dir", "num_rounds")
+    reason = common.other_settings(config, PAPER, (n for n in vars(PAPER) if n not in may))
     found = [int(sizes.min()), int(sizes.max())]
     checks = [
         common.Check("training digits of the smallest and the largest client", [1165, 3834], found, "exact",
@@ -261,9 +260,7 @@ def write(
 ) -> None:
     """Table, picture and ``report.md``."""
     shown = table(rows)
-    shown.show(left=1)
-    common.save(picture(config, rows, results), out / "accuracy.png")
-    common.write_report(
+    common.write_study(
         out,
         "pFedMe on MNIST",
         {
@@ -272,7 +269,8 @@ def write(
             f"K={config.inner_steps}, beta={config.beta:g}. Accuracy is over all clients' test digits. Clients that "
             "share a label share images there, as in the authors' data: accuracies are not those on unseen digits.",
             "Accuracy": shown.markdown(),
-            "Against the published figures": common.check_table(checks).markdown(),
-            "The picture": "![accuracy](accuracy.png)",
         },
+        shown,
+        checks,
+        picture(config, rows, results),
     )
