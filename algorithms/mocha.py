@@ -15,6 +15,7 @@ Deviations: coordinates are taken in random order without repeats, instead of dr
 equation 5 for all clients, computed, instead of the bound of lemma 9.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -118,12 +119,7 @@ def mocha(
         gradients.
     """
     dual = named(loss)
-    coupling = mocha_couplings.mean_regularized(1.0, 1.0) if coupling is None else coupling
-    if not isinstance(coupling, Coupling):
-        raise ValueError(
-            f"coupling must come from algorithms.mocha_couplings, such as trace_norm(0.1); got "
-            f"{fl.checks.shown(coupling)}. For a matrix of your own: fixed(omega)"
-        )
+    coupling = _coupling(coupling)
     if epochs is not None and steps is not None:
         raise ValueError("give epochs= or steps=, not both")
     work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
@@ -189,16 +185,7 @@ def mocha(
         new = MochaState(v, w, omega, covariance, sigma, server.round + 1, server.members, server.slots)
         return new, {"duality_gap": server.members * gap, "thetas": thetas}
 
-    def losses(params, model_state, batch, mask, key, train):
-        x, y = _examples(batch, bias)
-        return dual.loss(x @ params["w"], y), model_state
-
-    def metrics(params, model_state, batch):
-        x, y = _examples(batch, bias)
-        u = x @ params["w"]
-        more = {"accuracy": (jnp.where(u > 0, 1, -1) == y).astype(jnp.float32)} if dual.signs else {}
-        return {"loss": dual.loss(u, y), **more}
-
+    losses, metrics = _primal(dual, bias)
     own = lambda w: fl.Variables({"w": w})
     return fl.Round(
         init=init,
@@ -214,6 +201,33 @@ def mocha(
         view=fl.Lens(lambda message: own(message.w), lambda message, variables: message._replace(w=variables[0]["w"])),
         traits=frozenset({"many_models", "personal"}),
     )
+
+
+def _coupling(given: Coupling | None) -> Coupling:
+    if given is None:
+        return mocha_couplings.mean_regularized(1.0, 1.0)
+    if not isinstance(given, Coupling):
+        raise ValueError(
+            f"coupling must come from algorithms.mocha_couplings, such as trace_norm(0.1); got "
+            f"{fl.checks.shown(given)}. For a matrix of your own: fixed(omega)"
+        )
+    return given
+
+
+def _primal(dual: DualLoss, bias: bool) -> tuple[Callable, Callable]:
+    """Per-example losses and metrics of a linear model, as a :class:`fedjax_lab.Model` has them."""
+
+    def losses(params, model_state, batch, mask, key, train):
+        x, y = _examples(batch, bias)
+        return dual.loss(x @ params["w"], y), model_state
+
+    def metrics(params, model_state, batch):
+        x, y = _examples(batch, bias)
+        u = x @ params["w"]
+        more = {"accuracy": (jnp.where(u > 0, 1, -1) == y).astype(jnp.float32)} if dual.signs else {}
+        return {"loss": dual.loss(u, y), **more}
+
+    return losses, metrics
 
 
 def _ascend(dual: DualLoss, bias: bool, message, alpha, client, key, work) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """Partial and periodic averaging: each round averages some of the model's leaves, the others stay local."""
 
 import fnmatch
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -83,17 +84,7 @@ def partial_averaging(averaged: Schedule) -> Transform:
     if not callable(averaged):
         raise ValueError(f"averaged must be a function of (path, round), such as periods({{...}}); got {averaged!r}")
 
-    def now(like: Variables, round: Any) -> Variables:
-        """For each leaf whether it is averaged."""
-
-        def one(path, leaf):
-            name = checks.path_name(path)
-            found = jnp.asarray(averaged(name, round))
-            if found.shape or found.dtype != bool:
-                raise ValueError(f"averaged({name!r}, round) must give one truth value; it gives {checks.shown(found)}")
-            return found
-
-        return jax.tree_util.tree_map_with_path(one, like)
+    now = functools.partial(_averaged, averaged)
 
     def transform(round: Round) -> Round:
         model, view = round.model, round.view
@@ -148,18 +139,6 @@ def partial_averaging(averaged: Schedule) -> Transform:
             new = PartialClient(out.state, out.trained.variables, message.version)
             return out._replace(upload=upload, state=new, bytes_up=jnp.uint32(length))
 
-        sums = within(round.aggregate, lambda message: message.inner.content)
-        if sums.reduce is None:
-            aggregate = Aggregator(sums.lift, lambda value, env: (sums.finish(value, env), env.round))
-        else:
-            every_one = sums.reduce
-            aggregate = Aggregator(
-                sums.lift, lambda value, env: (value, env.round),
-                lambda uploads, weights, ok, messages, env: (
-                    every_one(uploads, weights, ok, messages, env), env.round
-                ),
-            )  # fmt: skip
-
         def server_update(server, aggregate, key):
             found, number = aggregate
             inner, metrics = round.server_update(server.inner, found, key)
@@ -183,7 +162,7 @@ def partial_averaging(averaged: Schedule) -> Transform:
             init_client=init_client,
             broadcast=broadcast,
             client_update=client_update,
-            aggregate=aggregate,
+            aggregate=_with_round(within(round.aggregate, inside)),
             server_update=server_update,
             personalize=personalize,
             model=through(lambda server: server.inner, lambda server, part: server._replace(inner=part), model),
@@ -192,6 +171,31 @@ def partial_averaging(averaged: Schedule) -> Transform:
         )
 
     return transform
+
+
+def _averaged(schedule: Schedule, like: Variables, round: Any) -> Variables:
+    """For each leaf whether it is averaged in a round."""
+
+    def one(path, leaf):
+        name = checks.path_name(path)
+        found = jnp.asarray(schedule(name, round))
+        if found.shape or found.dtype != bool:
+            raise ValueError(f"averaged({name!r}, round) must give one truth value; it gives {checks.shown(found)}")
+        return found
+
+    return jax.tree_util.tree_map_with_path(one, like)
+
+
+def _with_round(aggregate: Aggregator) -> Aggregator:
+    """Gives the round's number beside what the aggregator gives."""
+    reduce = aggregate.reduce
+    if reduce is None:
+        return Aggregator(aggregate.lift, lambda value, env: (aggregate.finish(value, env), env.round))
+    return Aggregator(
+        aggregate.lift,
+        lambda value, env: (value, env.round),
+        lambda uploads, weights, ok, messages, env: (reduce(uploads, weights, ok, messages, env), env.round),
+    )
 
 
 def newer(theirs: PyTree, mine: PyTree) -> PyTree:

@@ -133,8 +133,7 @@ def pruning(
             inner = model.set(inner, masked(server.kept, variables, variables)[0])
             t = server.rounds
             due = (t >= start) & (t <= end) & ((t - start) % every == 0)
-            share = sparsity * (1 - (1 - jnp.clip((t - start) / max(end - start, 1), 0, 1)) ** 3)
-            share = share if end > start else jnp.float32(sparsity)
+            share = _share(t, sparsity, start, end)
 
             def prune(inner):
                 variables = model.get(inner)
@@ -170,6 +169,13 @@ def pruning(
         )
 
     return transform
+
+
+def _share(t: jax.Array, sparsity: Any, start: int, end: int) -> jax.Array:
+    """The share that is gone after round ``t`` (Zhu and Gupta, equation 1)."""
+    if end == start:
+        return jnp.float32(sparsity)
+    return sparsity * (1 - (1 - jnp.clip((t - start) / (end - start), 0, 1)) ** 3)
 
 
 def _prunable(variables: Variables, predicate: Callable[[str], bool] | None) -> Variables:
