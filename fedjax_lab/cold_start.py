@@ -16,10 +16,10 @@ from fedjax_lab.devices import AXIS
 from fedjax_lab.evaluation import (
     Evaluate,
     Evaluation,
-    _beside,
-    _merged,
+    beside,
     client_metrics,
     combined,
+    merged,
     per_client,
     shares_model,
     summarise,
@@ -106,7 +106,7 @@ def cold_start(
             found["unseen_joined_"] = joined(process, state)
         return found
 
-    newcomers = Evaluation(arrays, lambda found: _merged(summarise(m, names, n) for n, m in found.items()))
+    newcomers = Evaluation(arrays, lambda found: merged(summarise(m, names, n) for n, m in found.items()))
     return newcomers if participants is None else combined(per_client(participants, names=names), newcomers)
 
 
@@ -123,7 +123,7 @@ def _apart(process: Process, test: FederatedData) -> None:
 def _prepare(process: Process, test: FederatedData, support: FederatedData, rounds: int, seed: int) -> Newcomers:
     round, mesh = process.round, process.mesh
     with jax.ensure_compile_time_eval():
-        there, specs = _beside(support, process)
+        there, specs = beside(support, process)
     server = jax.eval_shape(lambda key: round.init(key, process.data), jax.random.key(0))
     own = _of_single_clients(round, support, server)
     states = jax.eval_shape(lambda server: empty_states(round, server, there), server)

@@ -113,8 +113,8 @@ def client_metrics(test: FederatedData, support: FederatedData | None = None, *,
         jax.eval_shape(lambda key: process.round.init(key, test), jax.random.key(0))
         home = _positions(test, process.data)
         with jax.ensure_compile_time_eval():  # within a larger program, too, the examples lie on their devices
-            here, specs = _beside(test, process)
-            adapt, adapt_specs = (None, P()) if support is None else _beside(support, process)
+            here, specs = beside(test, process)
+            adapt, adapt_specs = (None, P()) if support is None else beside(support, process)
         function = _compile(process, personal, np.asarray(test.sizes), specs, adapt_specs)
         return process.round, home, here, adapt, function
 
@@ -130,7 +130,7 @@ def client_metrics(test: FederatedData, support: FederatedData | None = None, *,
     return Evaluation(arrays, lambda metrics: metrics)
 
 
-def _beside(test: FederatedData, process: Process) -> tuple[FederatedData, PyTree]:
+def beside(test: FederatedData, process: Process) -> tuple[FederatedData, PyTree]:
     """Examples on the devices of the process, and how they lie there: each client's beside its training data."""
     if isinstance(process.specs, FederatedData):
         if test.id_table is not process.data.id_table:
@@ -223,7 +223,7 @@ def per_client(
         return found
 
     def numbers(found):
-        return _merged(summarise(metrics, names, before) for before, metrics in found.items())
+        return merged(summarise(metrics, names, before) for before, metrics in found.items())
 
     return Evaluation(arrays, numbers)
 
@@ -241,14 +241,14 @@ def combined(*evaluations: Evaluate) -> Evaluate:
 
     halves = [each for each in evaluations if isinstance(each, Evaluation)]
     if len(halves) < len(evaluations):
-        return lambda process, state: _merged(each(process, state) for each in evaluations)
+        return lambda process, state: merged(each(process, state) for each in evaluations)
     return Evaluation(
         lambda process, state: [each.arrays(process, state) for each in halves],
-        lambda found: _merged(each.numbers(own) for each, own in zip(halves, found, strict=True)),
+        lambda found: merged(each.numbers(own) for each, own in zip(halves, found, strict=True)),
     )
 
 
-def _merged(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+def merged(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     return {name: value for part in parts for name, value in part.items()}
 
 
