@@ -79,10 +79,7 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
-            chosen = [predicate(name) for name, _ in checks.named_leaves(model.get(server))]
-            if all(chosen) or not any(chosen):
-                names = [name for name, _ in checks.named_leaves(model.get(server))]
-                raise ValueError(f"the predicate makes {'everything' if all(chosen) else 'nothing'} private of {names}")
+            splits(predicate, model.get(server))
             return server
 
         def init_client(server, client):
@@ -160,6 +157,14 @@ def keep(predicate, variables: Variables) -> Variables:
 def merge(part: Variables, shared: Variables) -> Variables:
     """``part`` where it has a leaf, else ``shared``."""
     return jax.tree.map(lambda p, s: s if p is None else p, part, shared, is_leaf=lambda x: x is None)
+
+
+def splits(predicate: Callable[[str], bool], variables: Variables) -> None:
+    """Raises ValueError if the predicate names none or all of the leaves."""
+    names = [name for name, _ in checks.named_leaves(variables)]
+    chosen = [bool(predicate(name)) for name in names]
+    if all(chosen) or not any(chosen):
+        raise ValueError(f"the predicate makes {'everything' if all(chosen) else 'nothing'} private of {names}")
 
 
 def not_encoded(message: PyTree, who: str) -> PyTree:

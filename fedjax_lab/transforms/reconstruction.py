@@ -12,7 +12,7 @@ from fedjax_lab.local import ClientOptimizer
 from fedjax_lab.models.base import Model, Variables, initial_variables
 from fedjax_lab.round import Round, Transform, chain_tilts, identity
 from fedjax_lab.transforms.personal import own_training
-from fedjax_lab.transforms.private import fill, holding, keep, merge, not_encoded, strip
+from fedjax_lab.transforms.private import fill, holding, keep, merge, not_encoded, splits, strip
 
 PyTree = Any
 
@@ -70,7 +70,8 @@ def reconstruction(
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
-            _splits(predicate, lens.get(server), jax.eval_shape(lambda: _initial(model, data)))
+            splits(predicate, lens.get(server))
+            _same_model(lens.get(server), jax.eval_shape(lambda: _initial(model, data)))
             if not isinstance(data.sizes, Tracer) and np.asarray(data.sizes).max() < 2:
                 raise ValueError("reconstruction() splits each client's data in two, but no client has two examples")
             return server
@@ -118,12 +119,9 @@ def _initial(model: Model, data: Any) -> Variables:
     return initial_variables(model._replace(num_classes=None), jax.random.key(0), data)
 
 
-def _splits(predicate: Callable[[str], bool], trained: Variables, made: Variables) -> None:
-    """Refuse a predicate that splits nothing, and a model that isn't the Round's."""
+def _same_model(trained: Variables, made: Variables) -> None:
+    """Refuse a model that isn't the Round's."""
     names = [name for name, _ in checks.named_leaves(trained)]
-    chosen = [bool(predicate(name)) for name in names]
-    if all(chosen) or not any(chosen):
-        raise ValueError(f"the predicate makes {'everything' if all(chosen) else 'nothing'} private of {names}")
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     if shapes(trained) != shapes(made):
         raise ValueError(
