@@ -93,6 +93,7 @@ def central_difference(function, x, step=4e-3):
     return (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * step)
 
 
+@pytest.mark.slow
 def test_ragged_clients_in_chunks_against_central_differences():
     """Learning rate, strength of the prox term and server learning rate; four of nine clients, one of them empty.
 

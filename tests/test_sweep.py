@@ -73,6 +73,7 @@ def adaptive(learning_rate, tau, epochs):
     return fl.synchronous(algorithm, softmax_data(), fl.uniform(4))
 
 
+@pytest.mark.slow
 def test_hyper_parameters_of_the_server_and_integers():
     result = fl.sweep(adaptive, 3, [0, 1], learning_rate=[0.1, 0.03], tau=[0.1, 0.01], epochs=[1, 3], every=3)
     values = {"learning_rate": 0.03, "tau": 0.01, "epochs": 3}

@@ -71,6 +71,7 @@ def scores(variables, seed=0):
     return log_probabilities(NET, variables, batch, 3)
 
 
+@pytest.mark.slow
 def test_reordered_units_are_the_same_function(net):
     variables, units = net
     other = shuffled(variables, units, 3)

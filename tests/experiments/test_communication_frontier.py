@@ -50,6 +50,7 @@ def test_the_words_say_what_the_figures_say():
     assert "1 of 2 combinations never do: top1 E=1" in report.findings(config, "p", POINTS[:5])
 
 
+@pytest.mark.slow
 def test_what_it_writes_holds_together(out):
     summary, runs = read_folder(out)
     quick = communication_frontier.QUICK

@@ -71,6 +71,7 @@ def test_shared_shapes_hold_the_same_clients(data):
         np.testing.assert_array_equal(b.client(k).arrays["x"], plain.client(k).arrays["x"])
 
 
+@pytest.mark.slow
 def test_a_run_in_shared_shapes_is_that_of_the_data_alone(out):
     config = fedprox_synthetic.QUICK
     split = fl.datasets.synthetic(1.0, 1.0, 30, seed=7)

@@ -270,6 +270,7 @@ def test_targets_keep_their_digits():
     assert losses[()] == 1000**2  # bfloat16 has 1000 and 1004
 
 
+@pytest.mark.slow
 def test_digits_are_learned_as_well():
     data = fl.datasets.digits(partition=fl.datasets.dirichlet(num_clients=10, alpha=1.0), seed=0)
     model, accuracy = models.mlp(10, hidden=(32,)), {}

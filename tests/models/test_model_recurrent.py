@@ -113,6 +113,7 @@ def test_the_recurrent_gradient_is_one_product_after_the_loop():
     assert sorted(products[hidden_states]) == [(BATCH, UNITS), (BATCH, 4 * UNITS)]  # backward, forward
 
 
+@pytest.mark.slow
 def test_padding_has_no_part_in_the_gradient():
     model = models.char_lstm(7, 3, UNITS)
     params, state = model.init(jax.random.key(0))

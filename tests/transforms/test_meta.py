@@ -119,6 +119,7 @@ def test_meta_sgd_learns_rates_and_evaluates_the_adapted_model():
     assert fl.total_bytes(metrics["uplink_bytes"]) == data.num_clients * 2 * 4 * 15
 
 
+@pytest.mark.slow
 def test_support_batches_are_drawn_anew_and_an_ample_one_is_the_whole_support():
     data = softmax_data((9, 5, 1))
     base = fedavg(MODEL, optax.sgd(0.1), epochs=2, batch_size=4)

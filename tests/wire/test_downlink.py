@@ -121,6 +121,7 @@ def test_lengths_that_depend_on_the_data_are_counted():
     assert data.num_clients * 6 <= fl.total_bytes(second["downlink_bytes"]) < data.num_clients * 12
 
 
+@pytest.mark.slow
 def test_both_directions_with_evaluation():
     """Messages travel inside others: lenses and personal models find what the client has."""
     data = softmax_data()

@@ -149,6 +149,7 @@ def test_a_memory_is_refused_around_what_it_can_not_know():
     refused(lambda: wire.momentum_correction(wire.top_k(2), 1.5), "momentum", "1.5")
 
 
+@pytest.mark.slow
 def test_fedavg_with_momentum_and_ef21_runs():
     """The engine keeps both memories as part of the client's state."""
     from algorithms.fedavg import fedavg
