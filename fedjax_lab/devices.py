@@ -1,10 +1,13 @@
 """The devices of a run: a mesh along which the clients of a cohort are shared out."""
 
+import functools
 import os
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -15,13 +18,13 @@ THREADS = "PJRT_NPROC"  # the environment variable that XLA reads the number of 
 
 
 def _enough_threads(devices: int) -> None:
-    """Two threads for each CPU device, before JAX runs.
+    """Threads for several CPU devices, before JAX runs.
 
-    A device that waits for the others' sums holds a thread, and so may the next dispatch: with one thread each
-    (XLA's own choice), eight devices stood still within a hundred rounds (jax 0.10).
+    A device that waits for the others' sums holds a thread, and so does the next program: with one thread each
+    (XLA's own choice) and programs sent off without waiting, devices stood still within a hundred rounds (jax 0.10).
     """
     if devices > 1:
-        os.environ.setdefault(THREADS, str(max(2 * devices, os.cpu_count() or 1)))
+        os.environ.setdefault(THREADS, str(max(devices, os.cpu_count() or 1)))
 
 
 def _asked_for() -> int:
@@ -30,7 +33,8 @@ def _asked_for() -> int:
     return max(int(flag.group(1)) if flag else 1, getattr(jax.config, "jax_num_cpu_devices", -1) or 1)
 
 
-_enough_threads(_asked_for())
+# Twice as many for devices that the environment asked for: other programs than ours may run on them.
+_enough_threads(2 * _asked_for() if _asked_for() > 1 else 1)
 
 
 def use_cores(count: int | None = None) -> int:
@@ -61,6 +65,32 @@ def use_cores(count: int | None = None) -> int:
     if count > 1:  # a dispatch that waits for another's results may hold a thread too
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     return count
+
+
+_under_way: list[jax.Array] = []  # a result of the last program that was sent off to several CPU devices
+
+
+def one_at_a_time(program: Callable) -> Callable:
+    """A jitted function over several devices that, on a CPU, waits until the last such program has ended.
+
+    The devices of a CPU share threads, and stand still when those of two programs are all held up in exchanges.
+    Inside of other programs it is the function itself.
+    """
+    if jax.default_backend() != "cpu":
+        return program
+
+    @functools.wraps(program)
+    def alone(*arguments):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+            return program(*arguments)
+        if _under_way and not _under_way[0].is_deleted():
+            jax.block_until_ready(_under_way[0])
+        out = program(*arguments)
+        _under_way[:] = [min(jax.tree.leaves(out), key=lambda leaf: leaf.size)]
+        return out
+
+    alone.lower = program.lower  # pyright: ignore[reportFunctionMemberAccess]
+    return alone
 
 
 def mesh(count: int | None = None) -> Mesh:

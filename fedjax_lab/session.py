@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_lab import hosts, run_folder
+from fedjax_lab import devices, hosts, run_folder
 from fedjax_lab.callbacks import Callback, Info
 from fedjax_lab.process import HostStep, Process
 from fedjax_lab.progress import headline
@@ -121,7 +121,11 @@ def run_rounds(
 ) -> str:
     """Go on to ``num_rounds`` rounds, or until a callback or Ctrl-C ends it; returns the reason."""
     step = s.process.step
-    many = _one_by_one(step) if isinstance(step, HostStep) else _many(step, max(min(every, num_rounds), 1))
+    many = (
+        _one_by_one(step)
+        if isinstance(step, HostStep)
+        else _many(step, max(min(every, num_rounds), 1), s.process.mesh is not None)
+    )
     many = s.clock.first_apart(many)
     measured: Record = {}
     if evaluate is not None:
@@ -188,10 +192,15 @@ def rounds_of(step: Callable, length: int, state: PyTree, count: jax.Array) -> t
 
 
 @functools.lru_cache(maxsize=8)
-def _many(step: Callable, length: int) -> Callable:
+def _many(step: Callable, length: int, several: bool) -> Callable:
     """``(state, data, count) -> (state, metrics)``: up to ``length`` rounds, metrics ``[length, ...]``.
 
     Kept for the next run of the same process, which then compiles nothing. The state is donated.
+
+    Args:
+      step: one round.
+      length: of the log.
+      several: whether the rounds run on several devices.
     """
     step = jax.jit(step)
 
@@ -199,4 +208,4 @@ def _many(step: Callable, length: int) -> Callable:
     def many(state, data, count):
         return rounds_of(lambda state: step(state, data), length, state, count)
 
-    return many
+    return devices.one_at_a_time(many) if several else many

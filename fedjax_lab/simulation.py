@@ -171,7 +171,8 @@ def _compiled(start, step, data: FederatedData, mesh: Mesh | None):
     whole, state = devices.replicated(mesh), jax.eval_shape(start, jax.random.key(0), data, None)
     places = jax.tree.map(lambda _: whole, state)
     places = places._replace(clients=jax.tree.map(lambda _: devices.by_client(mesh), state.clients))
-    return jax.jit(start, out_shardings=places), jax.jit(step, out_shardings=(places, whole))
+    step = jax.jit(step, out_shardings=(places, whole))
+    return jax.jit(start, out_shardings=places), devices.one_at_a_time(step)
 
 
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:

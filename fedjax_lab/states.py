@@ -104,22 +104,48 @@ def zero_unless(keep: jax.Array, x: jax.Array) -> jax.Array:
 def exchange(tree: PyTree, axis: str) -> PyTree:
     """The sum over a mesh axis of every leaf, in its own type; for what only one device has, its value.
 
-    All leaves of a width travel in one message, and the messages one after the other: a CPU's devices share
-    threads, and wait for ever when many of them are held up in different messages.
+    All leaves travel in one float32 message (those of 64 bits in one more for each type): a CPU's devices share
+    threads, and wait for ever when they are held up in different messages.
     """
     leaves, structure = jax.tree.flatten(tree)
     plain = [_plain(x) for x in leaves]
     sums: dict[int, jax.Array] = {}
     last = ()
-    for dtype in sorted({x.dtype for x in plain}, key=str):
-        mine = [i for i, x in enumerate(plain) if x.dtype == dtype]
-        message = jnp.concatenate([plain[i].ravel() for i in mine])
-        message, _ = jax.lax.optimization_barrier((message, last))
+    for dtype in sorted({_carrier(x, axis) for x in plain}, key=str):
+        mine = [i for i, x in enumerate(plain) if _carrier(x, axis) == dtype]
+        packed = [_packed(plain[i], dtype) for i in mine]
+        message, _ = jax.lax.optimization_barrier((jnp.concatenate([p.ravel() for p in packed]), last))
         last = jax.lax.psum(message, axis)
-        ends = np.cumsum([plain[i].size for i in mine])[:-1]
-        for i, part in zip(mine, jnp.split(last, ends), strict=True):
-            sums[i] = part.reshape(plain[i].shape)
+        ends = np.cumsum([p.size for p in packed])[:-1]
+        for i, p, part in zip(mine, packed, jnp.split(last, ends), strict=True):
+            sums[i] = _unpacked(part.reshape(p.shape), plain[i].dtype)
     return jax.tree.unflatten(structure, [_like(sums[i], x) for i, x in enumerate(leaves)])
+
+
+# Sums of as many 16-bit numbers are exact in float32.
+MOST_DEVICES = 256
+
+
+def _carrier(x: jax.Array, axis: str) -> np.dtype:
+    """The type of the message that ``x`` travels in."""
+    small = x.dtype == jnp.int32 and jax.lax.axis_size(axis) <= MOST_DEVICES
+    real = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize <= 4
+    return np.dtype(np.float32) if small or real else x.dtype
+
+
+def _packed(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``x`` in a message's type; an int32 as the two halves of its bits, which add up exactly."""
+    if x.dtype != jnp.int32 or dtype != jnp.float32:
+        return x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.stack([bits >> 16, bits & 0xFFFF]).astype(dtype)
+
+
+def _unpacked(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    if dtype != jnp.int32 or x.dtype != jnp.float32:
+        return x.astype(dtype)
+    high, low = x.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type((high << 16) + low, jnp.int32)
 
 
 def _plain(x: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
+from fedjax_lab import states
 from tests.problems import assert_close, softmax_data, softmax_model
 from tests.refusals import refused
 
@@ -24,7 +25,7 @@ def results():
     """``{(case, devices): differences}`` from a process with eight CPU devices."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.promises.mesh_program", "100", "2,4,8"],
+        [sys.executable, "-m", "tests.promises.mesh_program", "100"],
         capture_output=True, text=True, env=environment, check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -42,6 +43,23 @@ def test_devices_agree(results, case):
         assert row["same_bytes"], devices
         assert row["accuracy"] < 1e-6, devices
     assert {devices for name, devices in results if name == "fedavg"} == {2, 4, 8}
+
+
+@pytest.mark.parametrize("devices", [3, states.MOST_DEVICES + 1])
+def test_sums_over_devices_keep_every_bit_of_integers(devices):
+    """int32 sums wrap as NumPy's do, uint32 and keys come back as they were; floats add up."""
+    rng = np.random.default_rng(0)
+    ints = rng.integers(-(2**31), 2**31, (devices, 7)).astype(np.int32)
+    only_one = np.zeros((devices, 2), np.uint32)
+    only_one[1] = (2**32 - 1, 2**31 + 5)
+    flags = np.arange(devices)[:, None] == 2
+    floats = rng.normal(size=(devices, 5)).astype(np.float32)
+    summed = jax.vmap(lambda tree: states.exchange(tree, "d"), axis_name="d")((ints, only_one, flags, floats))
+    first = jax.tree.map(lambda x: np.asarray(x[0]), summed)
+    assert (first[0] == ints.astype(np.int64).sum(0).astype(np.int32)).all()
+    assert first[1].dtype == np.uint32 and (first[1] == only_one[1]).all()
+    assert first[2].dtype == bool and first[2].all()
+    np.testing.assert_allclose(first[3], floats.sum(0), rtol=1e-5, atol=1e-5)
 
 
 def test_a_mesh_of_one_is_a_device():
