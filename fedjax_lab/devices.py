@@ -89,7 +89,7 @@ def one_at_a_time(program: Callable) -> Callable:
         _under_way[:] = [min(jax.tree.leaves(out), key=lambda leaf: leaf.size)]
         return out
 
-    alone.lower = program.lower  # pyright: ignore[reportFunctionMemberAccess]
+    alone.lower = program.lower  # pyright: ignore[reportAttributeAccessIssue]
     return alone
 
 
