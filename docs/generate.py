@@ -17,7 +17,7 @@ from types import ModuleType
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods.md", ROOT / "docs" / "speed.md")
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -117,20 +117,37 @@ def reproduced() -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed() -> str:
-    """The benchmark's figures, as ``python -m experiments.benchmarks limit --json`` wrote them.
+def number(value: float) -> str:
+    """Three digits, thousands set apart."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def measured(*names: str) -> str:
+    """Benchmarks' figures, as ``python -m experiments.benchmarks NAME --json docs/figures/NAME.json`` wrote them.
 
     Rates against matrix products are told in experiments/benchmarks/README.md.
     """
     lines = ["| Workload | Clients a round | Against | Ratio | Ours | Theirs | Runs |", "|---|---|---|---|---|---|---|"]
-    for row in json.loads((FIGURES / "limit.json").read_text()):
-        if row["against"] == "matrix products":  # a rate, of which more is better
-            continue
-        times = f"{row['ours']:.1f} {row['unit']} | {row['theirs']:.1f} {row['unit']}"
-        lines.append(
-            f"| {row['workload']} | {row['cohort']} | {row['against']} | {row['ratio']:.2f} | {times} | {row['runs']} |"
-        )
+    for name in names:
+        for row in json.loads((FIGURES / f"{name}.json").read_text()):
+            if row["against"] == "matrix products":  # a rate, of which more is better
+                continue
+            times = " | ".join(f"{number(row[side])} {row['unit']}" for side in ("ours", "theirs"))
+            ratio = f"{row['ratio']:.2f}" if row["ratio"] >= 0.1 else f"{row['ratio']:.3f}"
+            lines.append(
+                f"| {row['workload']} | {row['cohort']} | {row['against']} | {ratio} | {times} | {row['runs']} |"
+            )
     return "\n".join(lines) + "\n"
+
+
+def speed() -> str:
+    """Against a hand-written loop and other frameworks."""
+    return measured("limit", "peers")
+
+
+def costs() -> str:
+    """Start-up, growth, and what transforms and links cost."""
+    return measured("startup", "growth", "transforms", "links")
 
 
 def methods() -> str:
@@ -146,6 +163,7 @@ BLOCKS = {
     "methods": methods,
     "reproduced": reproduced,
     "speed": speed,
+    "costs": costs,
     "algorithms": algorithms,
     "datasets": datasets,
     "models": models,

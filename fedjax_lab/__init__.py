@@ -21,6 +21,7 @@ from fedjax_lab.cold_start import cold_start
 from fedjax_lab.data import FederatedData, Split
 from fedjax_lab.descent import goes_downhill
 from fedjax_lab.evaluation import (
+    Evaluation,
     client_metrics,
     combined,
     evaluation_round,
@@ -85,4 +86,5 @@ from fedjax_lab.transforms.downlink import downlink
 from fedjax_lab.transforms.transfers import transfers
 from fedjax_lab.transforms.uplink import uplink
 
+__version__ = "0.1.0"
 __all__ = [name for name in dir() if not name.startswith("_")]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_lab import checks, hosts
+from fedjax_lab import checks, hosts, memory
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.fetching import (
@@ -72,8 +72,8 @@ def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, 
       memory). A step takes over the clients' states of the state that it is given, and writes into them.
 
     Raises:
-      ValueError: as ``synchronous``; more rows in a cohort than 32 bits count; a sampler that probes losses;
-        client states that hold PRNG keys; several processes.
+      ValueError: as ``synchronous``, too little memory for a cohort's rows and states included; more rows in a
+        cohort than 32 bits count; a sampler that probes losses; client states that hold PRNG keys; several processes.
     """
     sampler = everyone() if sampler is None else sampler
     if not isinstance(round, Round):
@@ -89,6 +89,9 @@ def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, 
 
     start, draw, compute = _programs(round, sampler, lanes, host.sizes)
     shapes = _Shapes(round, start, draw, compute, host)
+    shared = jax.local_devices()[0].platform == "cpu"  # its memory is the host's, where all clients' states lie
+    states = shapes.clients.table if shared else shapes.members.table
+    memory.require(shapes.block, states, shapes.server, shapes.cohort, 1, shared=shared)
     foreseen = sampler.update is Sampler._field_defaults["update"] or not jax.tree.leaves(shapes.drawn.sampler)
     step = _stepper(draw, compute, shapes.cohort, foreseen)
 
@@ -183,9 +186,10 @@ class _Shapes:
         of = lambda count: lambda s: jax.ShapeDtypeStruct((count, *s.shape[1:]), s.dtype)
         members = jax.ShapeDtypeStruct((self.cohort,), jnp.int32)
         sizes, attrs = jax.tree.map(of(data.num_clients), (data.sizes, data.attrs))
-        block = jax.tree.map(of(capacity(np.asarray(data.sizes), self.cohort)), data.arrays)
-        cohort = CohortData(block, members, sizes, attrs, data.id_table, data.max_size, data.tile, members)
-        clients = jax.tree.map(of(self.cohort), self.clients)._replace(members=members)
+        self.block = jax.tree.map(of(capacity(np.asarray(data.sizes), self.cohort)), data.arrays)
+        cohort = CohortData(self.block, members, sizes, attrs, data.id_table, data.max_size, data.tile, members)
+        clients = self.members = jax.tree.map(of(self.cohort), self.clients)._replace(members=members)
+        self.server = server
         arguments = (server, clients, self.drawn, key, cohort)
         new = jax.eval_shape(compute, *arguments)
         names = ("server", "clients", "sampler")

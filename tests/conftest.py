@@ -1,4 +1,4 @@
-"""Where the tests find real data, strict numerics for all of them, and compiled programs kept between runs."""
+"""Where the tests find real data, strict numerics for all of them, and how their programs are compiled."""
 
 import os
 import pathlib
@@ -11,6 +11,7 @@ _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 if _SHARED.is_dir():
     os.environ.setdefault("FEDJAX_LAB_DATA", str(_SHARED))
 
+QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The first example of a property test compiles, which no time limit for one example allows for.
 hypothesis.settings.register_profile("compiling", deadline=None)
@@ -18,11 +19,15 @@ hypothesis.settings.load_profile("compiling")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs between runs, workers and the processes that tests start.
+    """Compile quickly rather than well, and keep compiled programs between runs, workers and the tests' processes.
 
-    A second run of a test then takes about a third of the time. ``make clean`` or
-    ``pytest --cache-clear`` forgets them. A folder of the user's own choice is left in place.
+    Nearly all of the suite's time is compiling; JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs it as users' programs are. A
+    second run of a test then takes about a third of the time. ``make clean`` or ``pytest --cache-clear`` forgets the
+    programs. A folder of the user's own choice is left in place.
     """
+    if QUICKLY not in os.environ:
+        os.environ[QUICKLY] = "1"
+        jax.config.update(QUICKLY.lower(), True)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or getattr(config, "cache", None) is None:
         return
     settings = {

@@ -2,12 +2,14 @@
 
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import io_callback
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
@@ -41,6 +43,20 @@ def test_the_same_bits_for_any_every(every):
     whole, result = fl.run(process, 11, every=11), fl.run(process, 11, every=every)
     assert_same_bits(result.state, whole.state)
     assert result.metrics == whole.metrics
+
+
+def test_the_rounds_of_the_first_dispatch_count_as_running():
+    """Each round sleeps for 50 ms in a callback."""
+    base = walk()
+
+    def step(state, data):
+        state, metrics = base.step(state, data)
+        io_callback(lambda: time.sleep(0.05), None, ordered=True)
+        return state, metrics
+
+    result = fl.run(base._replace(step=jax.jit(step)), 4, every=4)
+    assert result.seconds >= 0.2
+    assert len(result.metrics) == 4 and result.compile_seconds > 0
 
 
 def test_bytes_are_exact_integers():

@@ -80,6 +80,7 @@ def test_values_that_shapes_or_branches_depend_on():
         algorithm = fedavg(softmax_model(), optax.sgd(learning_rate))
         return fl.synchronous(algorithm, softmax_data(), fl.uniform(size))
 
+    cohorts(0.1, 2)  # whose optimizer is tried out, which compiles a few operations
     refused(lambda: fl.sweep(cohorts, 3, [0], learning_rate=[0.1, 0.2], size=[2, 4]), "size can't be swept")
 
 

@@ -1,10 +1,10 @@
-"""``python -m experiments.benchmarks limit|peers|growth|memory|devices|startup``"""
+"""``python -m experiments.benchmarks limit|peers|growth|memory|devices|startup|transforms|links``"""
 
 import sys
 
 import tyro
 
-from experiments.benchmarks import devices, growth, limit, memory, startup
+from experiments.benchmarks import devices, growth, limit, links, memory, startup, transforms
 from experiments.benchmarks.peers import command as peers
 from experiments.benchmarks.workloads import UnknownWorkload
 
@@ -15,6 +15,8 @@ SUBCOMMANDS = {
     "memory": memory.main,
     "devices": devices.main,
     "startup": startup.main,
+    "transforms": transforms.main,
+    "links": links.main,
 }
 
 

@@ -1,6 +1,7 @@
 """Our side of every comparison: FedAvg by ``fl.synchronous`` on as many devices as are asked for."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 import fedjax_lab as fl
 from fedjax_lab import devices as fl_devices
+from fedjax_lab.session import rounds_of
 
 
 def use_all_cores() -> None:
@@ -33,6 +35,22 @@ def rounds(process: fl.Process, state: Any) -> Callable[[], Any]:
     def call():
         held[0], metrics = process.step(held[0], process.data)
         return held[0], metrics
+
+    return call
+
+
+def dispatches(process: fl.Process, state: Any, count: int) -> Callable[[], Any]:
+    """As :func:`rounds`, ``count`` rounds at each call: one program, which takes the state over, as a run's does."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def many(state, data):
+        return rounds_of(lambda state: process.step(state, data), count, state, jnp.int32(count))
+
+    held = [jax.tree.map(jnp.copy, state)]
+
+    def call():
+        held[0], metrics = many(held[0], process.data)
+        return metrics
 
     return call
 

@@ -9,6 +9,7 @@ import pytest
 import fedjax_lab as fl
 from experiments.benchmarks import devices, engine, fresh, growth, limit, memory, pairs, populations, startup, workloads
 from experiments.benchmarks.__main__ import main
+from experiments.benchmarks.peers import links_runner
 
 TINY = workloads.W1._replace(name="tiny", sizes=lambda rng: np.array([57, 31, 80, 44, 10]), cohorts=(2,))
 
@@ -272,3 +273,16 @@ def test_the_engine_takes_the_devices_it_is_told(data):
     process = engine.process(TINY.algorithm(), data, fl.fixed([0, 1]), 1)
     call = engine.rounds(process, process.init(jax.random.key(0)))
     assert [int(call()[0].round) for _ in range(3)] == [1, 2, 3]
+
+
+# ---- links ----
+
+
+def test_the_other_libraries_links_lose_what_ours_lose():
+    """Top-k is the same vector; QSGD's squared errors agree within a tenth (a standard error is .2% of them)."""
+    x = np.random.default_rng(1).standard_normal(20_000, np.float32)
+    opened = fl.wire.round_trip(fl.wire.top_k(links_runner.SHARE), jax.numpy.asarray(x))[0]
+    np.testing.assert_array_equal(links_runner.numpy_top_k(x), opened)
+    error = lambda out: np.sum((np.asarray(out) - x) ** 2) / np.sum(x**2)
+    ours = error(fl.wire.round_trip(fl.wire.qsgd(8), jax.numpy.asarray(x))[0])
+    assert error(links_runner.numpy_qsgd(x)) == pytest.approx(ours, rel=0.1)

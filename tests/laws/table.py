@@ -181,7 +181,7 @@ ALGORITHMS = {
 # One of each kind of state, message, aggregate and tilt; `make test-all` has them all.
 ALWAYS = (
     "fedavg", "fedavg_adam_kept", "fedadam", "scaffold", "mime_lite_momentum", "ditto_of_scaffold", "fedper",
-    "per_fedavg", "ifca", "clustered_fl", "pruned", "_template",
+    "pruned", "_template",
 )  # fmt: skip
 
 
