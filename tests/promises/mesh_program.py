@@ -6,6 +6,8 @@ import sys
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import fedjax_lab as fl
 from algorithms.fedadam import fedadam
@@ -57,7 +59,19 @@ def compare(round, data, devices: int, rounds: int) -> dict:
     return out
 
 
+def model_axis() -> float:
+    """One round over two clients' devices times two that share a layer's columns, against one device."""
+    round, data = fedavg(fl.models.mlp(3, hidden=(8,), input_shape=(4,)), optax.sgd(0.1)), softmax_data()
+    both = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("clients", "model"))
+    one, many = (fl.synchronous(round, data, fl.uniform(4), mesh=mesh) for mesh in (None, both))
+    columns = lambda x: jax.device_put(x, NamedSharding(both, P(None, "model") if x.shape == (4, 8) else P()))
+    state = many.init(0)
+    state = state._replace(server=jax.tree.map(columns, state.server))
+    return difference(one.params(one.step(one.init(0), data)[0]), many.params(many.step(state, many.data)[0]))
+
+
 if __name__ == "__main__":
+    print(json.dumps({"case": "model_axis", "devices": 4, "apart": model_axis()}), flush=True)
     data = softmax_data(empty=1)
     rounds = int(sys.argv[1])
     for name, round in cases():

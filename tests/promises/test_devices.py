@@ -45,6 +45,10 @@ def test_devices_agree(results, case):
     assert {devices for name, devices in results if name == "fedavg"} == {2, 4, 8}
 
 
+def test_a_second_axis_may_share_the_model_out(results):
+    assert results["model_axis", 4]["apart"] < 1e-6
+
+
 @pytest.mark.parametrize("devices", [3, states.MOST_DEVICES + 1])
 def test_sums_over_devices_keep_every_bit_of_integers(devices):
     """int32 sums wrap as NumPy's do, uint32 and keys come back as they were; floats add up."""
