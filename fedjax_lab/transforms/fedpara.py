@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Model
+from fedjax_lab.transforms.mixture import Components
 
 PyTree = Any
 
@@ -70,6 +71,8 @@ def fedpara(
 
     def factorized(made, key):
         params, model_state = made
+        if isinstance(params, Components):
+            raise ValueError("fedpara() factorizes one model's kernels: write with_components(fedpara(model), M)")
         ranks = _ranks(params, gamma, rank, predicate)
 
         def one(path, kernel):

@@ -106,6 +106,11 @@ def hypernetwork(
             raise ValueError("hypernetwork() makes the models that clients are sent, but this Round sends none")
         if {"many_models", "sub_models"} & round.traits:
             raise ValueError("hypernetwork() makes whole models, one for each client, but this Round sends several")
+        if "changes" in round.traits:
+            raise ValueError(
+                "hypernetwork() learns from how a client's model changed, but this Round uploads what is new since the "
+                'last upload: take a selective(...) that has instead="nothing"'
+            )
 
         def init(key, data, params=None):
             inner = round.init(key, data, params)

@@ -117,7 +117,9 @@ def meta_sgd(*, form: str = "exact", support: float = 0.5, support_batch_size: i
 
     def parts(params):
         if not isinstance(params, dict) or set(params) != {"params", "rates"}:
-            raise ValueError("meta_sgd() learns rates: build the Round with fl.transforms.with_rates(model, rate)")
+            raise ValueError(
+                "meta_sgd() learns rates: fl.transforms.with_rates(model, rate) goes around the model last"
+            )
         return params["params"], params["rates"]
 
     def step(params, gradient):

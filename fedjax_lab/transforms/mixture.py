@@ -196,7 +196,9 @@ def _holding(received: Variables, weights: jax.Array) -> Tilt:
 
 def _count(variables: Variables) -> int:
     if not isinstance(variables.params, Components):
-        raise ValueError("mixture() weighs components: build the Round with fl.transforms.with_components(model, M)")
+        raise ValueError(
+            "mixture() weighs components: fl.transforms.with_components(model, M) goes around the model last"
+        )
     return jax.tree.leaves(variables.params)[0].shape[0]
 
 

@@ -90,7 +90,7 @@ def partial_averaging(averaged: Schedule) -> Transform:
         model, view = round.model, round.view
         if model is None or view is None:
             raise ValueError("partial_averaging() averages a model's leaves, but this Round sends none")
-        if {"partial", "many_models", "encoded"} & round.traits:
+        if {"partial", "many_models", "encoded", "sub_models"} & round.traits:
             raise ValueError(
                 "partial_averaging() comes before transforms that split, multiply or encode the model: put it first"
             )

@@ -216,7 +216,7 @@ def selective(rule: Rule, *, instead: str = "nothing", weighting: Any = "example
             personalize=personal and (lambda m, s, client, key: personal(opened(m), s.inner, client, key)),
             model=through(lambda server: server.inner, lambda s, part: dataclasses.replace(s, inner=part), model),
             view=through(opened, put, view),
-            traits=round.traits | {"moves_alone"},
+            traits=round.traits | {"moves_alone"} | ({"changes"} if stale else set()),
         )
 
     return transform

@@ -273,6 +273,8 @@ def _check_round(round: Round, who: str) -> None:
         raise ValueError(f"{who} needs a Round whose clients train one whole model, which this Round's don't")
     if "personal" in round.traits:
         raise ValueError(f"{who} comes before transforms that give clients models of their own: put it first")
+    if "moves_alone" in round.traits:
+        raise ValueError(f"{who} comes before rules by which clients keep their uploads to themselves: put it first")
     if round.aggregate.reduce is not None:
         raise ValueError(f"{who} averages each entry over who had it, but this Round's aggregator needs whole uploads")
 

@@ -119,7 +119,8 @@ def outcome(inner: str, outer: str) -> str:
     for _ in range(ROUNDS):
         state, metrics = step(state, process.data)
         if {"lag_wk", "cmfl"} & {inner, outer}:
-            here = model.loss(process.params(state), (), rows, jnp.ones(len(rows["y"]), bool), None, False)[0]
+            now = process.variables(state)
+            here = model.loss(now.params, now.model_state, rows, jnp.ones(len(rows["y"]), bool), None, False)[0]
             losses.append(float(jnp.mean(here)))
         else:
             losses.append(float(metrics["loss"]))
