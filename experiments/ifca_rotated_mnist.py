@@ -39,8 +39,8 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    settings: tuple[str, ...] = ("1200/200",)
-    """Columns of the table, clients/digits each: 4800/50, 2400/100, 1200/200; or all."""
+    settings: tuple[str, ...] = tuple(PUBLISHED)
+    """Columns of the table, clients/digits each."""
     methods: tuple[str, ...] = (IFCA, GLOBAL, LOCAL)
     """Which to run."""
     participation: float = 0.01
@@ -49,7 +49,7 @@ class Config:
     """Share of the clients in IFCA's first rounds, while its models part: one that nobody chooses then is lost."""
     early_rounds: int = 8
     """How many rounds that is."""
-    local_clients: int = 8
+    local_clients: int = 32
     """How many clients, a quarter from each rotation, train a model alone; the paper has all."""
     num_rounds: int = 300
     """Communication rounds, and as many times the local steps for models alone."""
@@ -72,8 +72,8 @@ class Config:
 
     def __post_init__(self):
         for name in self.settings:
-            if name not in PUBLISHED and name != "all":
-                near = fl.checks.nearest(name, [*PUBLISHED, "all"])
+            if name not in PUBLISHED:
+                near = fl.checks.nearest(name, PUBLISHED)
                 raise ValueError(f"there is no setting {name!r} in the table{near}; there are {', '.join(PUBLISHED)}")
         for name in self.methods:
             if name not in METHODS:
@@ -105,14 +105,13 @@ class Setting(NamedTuple):
 
 
 def settings_of(config: Config) -> list[Setting]:
-    names = PUBLISHED if "all" in config.settings else config.settings
-    return [Setting(name, int(name.split("/")[1])) for name in names]
+    return [Setting(name, int(name.split("/")[1])) for name in config.settings]
 
 
 PAPER = Config()
 QUICK = Config(
-    participation=0.25, early_participation=0.5, early_rounds=1, local_clients=4, num_rounds=3, steps=2, every=3,
-    train_digits=400, test_digits=200,
+    settings=("1200/200",), participation=0.25, early_participation=0.5, early_rounds=1, local_clients=4, num_rounds=3,
+    steps=2, every=3, train_digits=400, test_digits=200,
 )  # fmt: skip
 
 

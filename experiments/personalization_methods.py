@@ -52,8 +52,8 @@ def methods(config: Any, classes: int) -> dict[str, Callable[[], fl.Round]]:
         "IFCA": lambda: ifca(model, sgd, k=config.clusters, **work),
         "FedEM": lambda: fedem(model, sgd, M=config.clusters, **work),
         "VIRTUAL": lambda: virtual(
-            model, optax.adam(0.01), prior_scale=0.5, damping=1 / config.cohort_size, private=HEAD, predictions=8,
-            **work,
+            model, optax.adam(0.01), prior_scale=0.1, kl_weight=0.1, damping=1 / config.cohort_size, private=HEAD,
+            predictions=8, **work,
         ),
     }  # fmt: skip
     if classes == 2:

@@ -130,7 +130,8 @@ def _settings(config: Any) -> str:
         f"of {config.cohort_size} participants, {config.epochs} local epochs in batches of {config.batch_size}, a "
         f"learning rate of {config.learning_rate:g} for all methods; {seeds}. "
         f"{config.newcomers:.0%} of the clients come when training is over, and then have {config.joining} "
-        "rounds of their own. No method was tuned."
+        "rounds of their own. No method was tuned, but for VIRTUAL's prior: a scale of 0.5 at full weight left it at "
+        "19.5% on the digits by labels, so it has 0.1 at a tenth of the weight (a colder posterior)."
     )
 
 

@@ -1,5 +1,6 @@
 """Where the tests find real data, strict numerics for all of them, and how their programs are compiled."""
 
+import gc
 import os
 import pathlib
 
@@ -11,6 +12,7 @@ _SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 if _SHARED.is_dir():
     os.environ.setdefault("FEDJAX_LAB_DATA", str(_SHARED))
 
+MOST_BYTES = 2e9
 QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The first example of a property test compiles, which no time limit for one example allows for.
@@ -47,3 +49,13 @@ def data_dir() -> str:
     if not folder:
         pytest.skip("needs the real data sets: set FEDJAX_LAB_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forget a module's programs where a worker has gathered gigabytes of them."""
+    yield
+    status = pathlib.Path("/proc/self/statm")
+    if status.exists() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
+        jax.clear_caches()
+        gc.collect()
