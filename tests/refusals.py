@@ -20,9 +20,12 @@ def _count(event: str, seconds: float, **what) -> None:
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
-# Compiled once for all: how a key is made, and the few sums with which an optimizer is asked where it goes.
-jax.random.key(0)
-fedavg(softmax_model(), optax.sgd(0.1))
+
+
+def warm() -> None:
+    """Compile, unless that was done, how a key is made and the few sums with which an optimizer is asked."""
+    jax.random.key(0)
+    fedavg(softmax_model(), optax.sgd(0.1))
 
 
 def raises(call: Callable, *words: str, error: type[Exception] = ValueError) -> None:
@@ -35,6 +38,7 @@ def raises(call: Callable, *words: str, error: type[Exception] = ValueError) -> 
 
 def refused(call: Callable, *words: str, error: type[Exception] = ValueError) -> None:
     """As :func:`raises`, and nothing was compiled but copies."""
+    warm()
     COMPILED.clear()
     raises(call, *words, error=error)
     assert set(COMPILED) <= COPIES

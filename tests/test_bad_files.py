@@ -19,7 +19,7 @@ from algorithms.fedavg import fedavg
 from experiments import cli, common, digits, registry
 from tests.datasets import federated_files
 from tests.problems import softmax_data, softmax_model
-from tests.refusals import COMPILED, COPIES, PROGRAMS, contents, raises, refused
+from tests.refusals import COMPILED, COPIES, PROGRAMS, contents, raises, refused, warm
 
 # ---- the command line ----
 
@@ -31,6 +31,7 @@ def command(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("COLUMNS", "300")
 
     def check(arguments: str, *words: str) -> str:
+        warm()
         COMPILED.clear()
         assert cli.main([*arguments.split(), "--no-cache"]) == 2
         said = " ".join(capsys.readouterr().err.split())
