@@ -24,7 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compile quickly rather than well, and keep compiled programs between runs, workers and the tests' processes.
 
     Nearly all of the suite's time is compiling; JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs it as users' programs are. A
-    second run of a test then takes about a third of the time. ``make clean`` or ``pytest --cache-clear`` forgets the
+    second run of a test then takes about half the time. ``make clean`` or ``pytest --cache-clear`` forgets the
     programs. A folder of the user's own choice is left in place.
     """
     if QUICKLY not in os.environ:

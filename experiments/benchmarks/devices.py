@@ -7,7 +7,7 @@ import numpy as np
 
 import fedjax_lab as fl
 from experiments.benchmarks import engine, pairs
-from experiments.benchmarks.workloads import Workload, chosen
+from experiments.benchmarks.workloads import Workload, chosen, cohorts
 
 
 class Disagree(RuntimeError):
@@ -55,19 +55,16 @@ def main(
     if not counts:
         print("there is one device only: nothing to compare", flush=True)
     results = []
-    for work in works if counts else []:
-        data = work.data()
-        for size in work.cohorts if cohort is None else (cohort,):
-            ids = np.random.default_rng(0).choice(data.num_clients, size, replace=False)
-            micro = 1e6 / work.steps(np.asarray(data.sizes)[ids])
-            calls = {}
-            for count in (1, *counts):
-                process = engine.process(work.algorithm(), data, fl.fixed(ids), count)
-                calls[count] = engine.rounds(process, process.init(jax.random.key(0)))
-            for count in counts:
-                check_same(work, data, ids, count)
-                times = pairs.scaled(pairs.paired(calls[count], calls[1], 3 if quick else 15), micro)
-                name = f"{work.name}, {count} dev."
-                results.append(pairs.show(pairs.summary(name, size, "1 device", times, "us per step")))
+    for work, data, ids in cohorts(works if counts else [], cohort):
+        micro = 1e6 / work.steps(np.asarray(data.sizes)[ids])
+        calls = {}
+        for count in (1, *counts):
+            process = engine.process(work.algorithm(), data, fl.fixed(ids), count)
+            calls[count] = engine.rounds(process, process.init(jax.random.key(0)))
+        for count in counts:
+            check_same(work, data, ids, count)
+            times = pairs.scaled(pairs.paired(calls[count], calls[1], 3 if quick else 15), micro)
+            name = f"{work.name}, {count} dev."
+            results.append(pairs.show(pairs.summary(name, len(ids), "1 device", times, "us per step")))
     if json is not None and results:
         pairs.write(results, json, "A round on several devices")

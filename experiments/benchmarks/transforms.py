@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 import fedjax_lab as fl
 from algorithms.fedrep import fedrep
 from algorithms.scaffold import scaffold
 from experiments.benchmarks import engine, pairs
-from experiments.benchmarks.workloads import Workload, chosen
+from experiments.benchmarks.workloads import W1, UnknownWorkload, Workload, chosen, cohorts
 
 
 class Added(NamedTuple):
@@ -34,7 +33,7 @@ def _local(work: Workload) -> dict:
 
 
 def last_layer(path: str) -> bool:
-    """The predicate of the model's last layer, which has a name of its own in all workloads."""
+    """The predicate of the model's last layer, which has the same name in all workloads."""
     return "output" in path
 
 
@@ -60,29 +59,29 @@ def main(
     against two epochs of FedAvg.
 
     Args:
-      workloads: which ones, separated by commas.
+      workloads: which ones, separated by commas: w2, w3, w4.
       quick: three pairs of timings instead of fifteen.
       json: a file to write the figures to; a picture and all timings go beside it.
       cohort: clients a round, instead of the workload's own.
     """
     works = chosen(workloads)
+    if W1 in works:
+        raise UnknownWorkload("w1 has a single layer, of which nothing could be private: choose among w2, w3, w4")
     engine.use_all_cores()
     pairs.begin()
     results = []
-    for work in works:
-        data = work.data()
-        for size in work.cohorts if cohort is None else (cohort,):
-            ids = np.random.default_rng(0).choice(data.num_clients, size, replace=False)
+    for work, data, ids in cohorts(works, cohort):
 
-            def rounds(algorithm, ids=ids, data=data):
-                process = engine.process(algorithm, data, fl.fixed(ids))
-                return engine.rounds(process, process.init(jax.random.key(0)))
+        def rounds(algorithm, ids=ids, data=data):
+            process = engine.process(algorithm, data, fl.fixed(ids))
+            return engine.rounds(process, process.init(jax.random.key(0)))
 
-            for added in ADDED:
-                plain = work._replace(epochs=work.epochs * added.epochs).algorithm()
-                times = pairs.paired(rounds(added.build(work)), rounds(plain), 3 if quick else 15)
-                name = f"{work.name} {added.name}"
-                against = "FedAvg" if added.epochs == 1 else f"FedAvg, {added.epochs} epochs"
-                results.append(pairs.show(pairs.summary(name, size, against, pairs.scaled(times, 1e3), "ms per round")))
+        for added in ADDED:
+            plain = work._replace(epochs=work.epochs * added.epochs).algorithm()
+            times = pairs.paired(rounds(added.build(work)), rounds(plain), 3 if quick else 15)
+            name = f"{work.name} {added.name}"
+            against = "FedAvg" if added.epochs == 1 else f"FedAvg, {added.epochs} epochs"
+            row = pairs.summary(name, len(ids), against, pairs.scaled(times, 1e3), "ms per round")
+            results.append(pairs.show(row))
     if json is not None and results:
         pairs.write(results, json, "What a round costs beside FedAvg's")

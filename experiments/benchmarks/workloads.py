@@ -7,7 +7,7 @@ W4: the character LSTM of McMahan et al. 2017, 80 characters a sequence, batch 4
 No dropout anywhere, so that results can be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -168,3 +168,11 @@ def chosen(names: str) -> list[Workload]:
     if not words:
         raise UnknownWorkload(f"name at least one workload: {', '.join(WORKLOADS)}")
     return [WORKLOADS[word] for word in words]
+
+
+def cohorts(works: list[Workload], size: int | None) -> Iterator[tuple[Workload, fl.FederatedData, np.ndarray]]:
+    """Each workload, its data and a cohort's ids: for each of its own numbers of clients, or for ``size``."""
+    for work in works:
+        data = work.data()
+        for count in work.cohorts if size is None else (size,):
+            yield work, data, np.random.default_rng(0).choice(data.num_clients, count, replace=False)

@@ -51,7 +51,7 @@ def test_a_second_axis_may_share_the_model_out(results):
 
 @pytest.mark.parametrize("devices", [3, states.MOST_DEVICES + 1])
 def test_sums_over_devices_keep_every_bit_of_integers(devices):
-    """int32 sums wrap as NumPy's do, uint32 and keys come back as they were; floats add up."""
+    """int32 sums wrap as NumPy's do, uint32 and truth values come back as they were; floats add up."""
     rng = np.random.default_rng(0)
     ints = rng.integers(-(2**31), 2**31, (devices, 7)).astype(np.int32)
     only_one = np.zeros((devices, 2), np.uint32)
