@@ -27,13 +27,14 @@ class Program(NamedTuple):
 
 
 def trace(function: Callable, *arguments: PyTree) -> Program:
-    """Trace a function of pytrees; on a CPU convolutions and pooling get the form that is fast in loops.
+    """Trace a function of pytrees; on a CPU some of its equations get the form that is fast in loops.
 
     Args:
       function: of pytrees of arrays.
       *arguments: what it will be called with, or their shapes.
     """
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    cost = flops(traced.jaxpr)
     if jax.default_backend() == "cpu":
         traced = rewriting.fast_in_loops(traced)
     structure = jax.tree.structure(shape)
@@ -42,7 +43,7 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
         out = core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(arguments))
         return jax.tree.unflatten(structure, out)
 
-    return Program(call, flops(traced.jaxpr))
+    return Program(call, cost)
 
 
 def flops(jaxpr: Jaxpr) -> float:

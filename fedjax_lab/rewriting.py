@@ -2,8 +2,8 @@
 
 A client's turn is a loop of training steps. XLA's CPU backend finds its fast kernels for what stands outside of loops
 and misses some of them in a loop's body. So the traced turn is rewritten: some equations are replaced by others that
-compute the same. The user's model is not touched. Which ones, and what that brings, is told in ``convolutions.py`` and
-``pooling.py``.
+compute the same. The user's model is not touched. Which ones, and what that brings, is told in ``convolutions.py``,
+``pooling.py`` and ``products.py``.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from fedjax_lab import convolutions, pooling
+from fedjax_lab import convolutions, pooling, products
 
 # For each primitive: the equation -> a function of its operands that gives the same, or None to leave it as it is.
-FORMS: dict[str, Callable[[JaxprEqn], Callable | None]] = {**convolutions.FORMS, **pooling.FORMS}
+FORMS: dict[str, Callable[[JaxprEqn], Callable | None]] = {**convolutions.FORMS, **pooling.FORMS, **products.FORMS}
 
 
 def fast_in_loops(program: ClosedJaxpr) -> ClosedJaxpr:

@@ -70,3 +70,23 @@ def test_the_bodies_of_loops_are_rewritten_too():
     was, now, text = before_and_after(lambda w: lax.fori_loop(0, 3, lambda i, w: w - 0.1 * jax.grad(loss)(w), w), w)
     assert "dot_general" in text and "select_and_scatter" not in text
     np.testing.assert_allclose(now[0], was[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(60, 10), (10, 60)], ids=["narrow outputs", "narrow inputs"])
+def test_the_gradient_of_a_narrow_kernel_is_sums_of_rows(inputs, outputs):
+    x = jax.random.normal(jax.random.key(4), (10, inputs))
+    w = jax.random.normal(jax.random.key(5), (inputs, outputs))
+    was, now, text = before_and_after(jax.grad(lambda w: jnp.sum((x @ w) ** 2)), w)
+    assert text.count("dot_general") == 1, "the forward product is left, its gradient is not"
+    np.testing.assert_allclose(now[0], was[0], rtol=0, atol=2e-6 * np.abs(was[0]).max())
+
+
+@pytest.mark.parametrize(
+    ("examples", "inputs", "outputs", "dtype"),
+    [(20, 60, 10, jnp.float32), (10, 12, 10, jnp.float32), (10, 60, 10, jnp.bfloat16)],
+    ids=["many terms", "short rows", "half precision"],
+)
+def test_other_products_are_left(examples, inputs, outputs, dtype):
+    x, w = jnp.ones((examples, inputs), dtype), jnp.ones((inputs, outputs), dtype)
+    _, _, text = before_and_after(jax.grad(lambda w: jnp.sum((x @ w) ** 2)), w)
+    assert text.count("dot_general") == 2
