@@ -21,7 +21,7 @@ from fedjax_lab.lanes import Plan, choose, plan, plan_own
 from fedjax_lab.program import Program, trace
 from fedjax_lab.round import Env, Round
 from fedjax_lab.sharding import clients_each
-from fedjax_lab.states import ClientStates, exchange, gather, padded, scatter, zero_unless
+from fedjax_lab.states import ClientStates, exchange, gather, padded, rows, scatter
 from fedjax_lab.turn import Turn, client_turn
 
 PyTree = Any
@@ -180,30 +180,31 @@ def _on_device(
     ids = env.ids.at[slots].get(mode="fill", fill_value=population)
     present = env.present.at[slots].get(mode="fill", fill_value=False)
     states, known = gather(clients, ids, axis, apart)
-    rows = jax.tree.map(lambda x: x.reshape(chunks, lanes, *x.shape[1:]), (ids, present, states, known))
+    entries = jax.tree.map(lambda x: x.reshape(chunks, lanes, *x.shape[1:]), (ids, present, states, known))
 
     def run(chunk):
         return _summed(round, side_by_side(turn, lanes)(*chunk))
 
     if chunks == 1 and axis is None:
-        sums, turns = run(jax.tree.map(lambda x: x[0], rows))
+        sums, turns = run(jax.tree.map(lambda x: x[0], entries))
     else:
-        sums, turns = _chunk_by_chunk(run, rows, schedule.device, axis)
+        sums, turns = _chunk_by_chunk(run, entries, schedule.device, axis)
         turns = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), turns)
-    if chunks > 1 or apart:  # back into the cohort's order
+    new, alive = turns.state, turns.alive
+    turns = turns._replace(state=())
+    if chunks > 1 or apart:  # back into the cohort's order; client states go to their rows from where they are
         seat = jnp.full(cohort, -1).at[slots].set(jnp.arange(chunks * lanes), mode="drop")
-        turns = jax.tree.map(lambda x: x[jnp.maximum(seat, 0)], turns)
-        if apart:
-            turns = jax.tree.map(lambda x: zero_unless(seat >= 0, x), turns)
-    if axis is not None:
+        turns = jax.tree.map(lambda x: rows(x, jnp.maximum(seat, 0), seat >= 0 if apart else None), turns)
+    if axis is not None and apart:  # a device holds the rows of its own clients
         sums, turns = exchange((sums, turns), axis)
-    new = scatter(clients, env.ids, turns.alive, turns.state, axis)
-    return sums, turns._replace(state=()), new
+    elif axis is not None:
+        sums, turns, new, alive = exchange((sums, turns, new, alive), axis)
+    return sums, turns, scatter(clients, ids, alive, new, axis)
 
 
-def _chunk_by_chunk(run: Callable, rows: PyTree, device: jax.Array, axis: str | None):
+def _chunk_by_chunk(run: Callable, entries: PyTree, device: jax.Array, axis: str | None):
     """Scan over the chunks; those of other devices cost nothing here and give zeros."""
-    shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], rows))
+    shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], entries))
     zeros, no_turns = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def add(sums, chunk):
@@ -217,7 +218,7 @@ def _chunk_by_chunk(run: Callable, rows: PyTree, device: jax.Array, axis: str | 
         mine = owner == jax.lax.axis_index(axis)
         return jax.lax.cond(mine, add, lambda sums, chunk: (sums, no_turns), sums, chunk)
 
-    return jax.lax.scan(step, zeros, (rows, device))
+    return jax.lax.scan(step, zeros, (entries, device))
 
 
 def side_by_side(function: Callable, lanes: int) -> Callable:

@@ -49,6 +49,16 @@ def test_a_second_axis_may_share_the_model_out(results):
     assert results["model_axis", 4]["apart"] < 1e-6
 
 
+@pytest.mark.parametrize("width", [3, states.LARGE_ROW // 4], ids=["gathered", "copied one by one"])
+@pytest.mark.parametrize("keep", [None, np.array([True, False, True, True])], ids=["all", "some"])
+def test_rows_of_a_table(width, keep):
+    table = np.random.default_rng(0).normal(size=(6, width)).astype(np.float32)
+    table[2] = np.nan  # a row that isn't kept is zero whatever it holds
+    index = np.array([5, 2, 0, 5])
+    expected = table[index] if keep is None else np.where(keep[:, None], table[index], 0)
+    np.testing.assert_array_equal(jax.jit(states.rows)(table, index, keep), expected)
+
+
 @pytest.mark.parametrize("devices", [3, states.MOST_DEVICES + 1])
 def test_sums_over_devices_keep_every_bit_of_integers(devices):
     """int32 sums wrap as NumPy's do, uint32 and truth values come back as they were; floats add up."""
