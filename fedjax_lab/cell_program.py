@@ -146,7 +146,12 @@ def _trace(make: Callable[[tuple], Process], reference: Process, scalars: tuple,
     key = jax.eval_shape(lambda: jax.random.key(0))
     start, state = _traced(lambda values, key, params: make(values).init(key, params), scalars, key, params)
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-    step, _ = _traced(lambda values, state, data: make(values).step(state, data), scalars, state, reference.data)
+
+    def one(values, state, data):
+        step = make(values).step
+        return getattr(step, "abreast", step)(state, data)
+
+    step, _ = _traced(one, scalars, state, reference.data)
     read, shape = _traced(lambda values, state: make(values).params(state), scalars, state)
     return CellProgram(start, step, read, sum(leaf.size for leaf in jax.tree.leaves(shape)))
 

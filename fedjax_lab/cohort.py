@@ -15,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fedjax_lab.abreast import in_shared_lanes
 from fedjax_lab.data import FederatedData
 from fedjax_lab.devices import AXIS
-from fedjax_lab.lanes import Plan, choose, plan, plan_own
+from fedjax_lab.lanes import Plan, choose, plan, plan_own, side_by_side
 from fedjax_lab.program import Program, trace
 from fedjax_lab.round import Env, Round
 from fedjax_lab.sharding import clients_each
@@ -96,6 +97,7 @@ def run_cohort(
     data_specs: PyTree = P(),
     beside: PyTree = (),
     beside_specs: PyTree = P(),
+    abreast: bool = False,
 ) -> Answers:
     """Broadcast to a cohort, run its clients, and sum what they upload.
 
@@ -109,6 +111,7 @@ def run_cohort(
       mesh: devices along an axis ``"clients"``; ``None`` for one device.
       sizes: the population's sizes on the host, which a choice of lanes looks at.
       data_specs: of :func:`fedjax_lab.sharding.placed`; not one for all when every device has its own clients.
+      abreast: under ``vmap`` cohorts share their lanes (:mod:`fedjax_lab.abreast`); no mesh, and no ``jax.grad``.
     """
 
     apart = isinstance(data_specs, FederatedData)
@@ -118,10 +121,11 @@ def run_cohort(
         round = made(beside)
         devices, axis = (1, None) if mesh is None else (mesh.shape[AXIS], AXIS)
         turn = _traced_turn(round, server, clients, data, env, key)
+        if abreast:
+            return _abreast(round, turn, lanes, sizes)((turn.consts, server, key), clients, data, env)
         cohort = len(env.ids)
         width = min(lanes or choose(turn.flops, sizes, cohort, devices), cohort)
-        # By size alone: an absent client keeps its place, so that the others' sums keep their order and bits.
-        work = jnp.where(env.invited, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
+        work = work_of(env, data)
         one = lambda *slot: turn.call(server, data, env, key, *slot)
         if apart:
             me = jax.lax.axis_index(AXIS)
@@ -162,6 +166,32 @@ def _traced_turn(round: Round, server, clients: ClientStates, data: FederatedDat
     slot = (env.ids[0], env.present[0], jax.tree.map(one, clients.table), jax.ShapeDtypeStruct((), bool))
     turn = lambda server, data, env, key, *slot: client_turn(round, server, data, env, key, *slot)
     return trace(turn, server, data, env, key, *slot)
+
+
+def _abreast(round: Round, turn: Program, lanes: int | None, sizes: np.ndarray | None) -> Callable:
+    """One cohort on one device; several under ``vmap`` share the lanes."""
+
+    def width(clients: int, cohorts: int = 1) -> int:
+        return min(lanes * cohorts if lanes else choose(turn.flops, sizes, clients), clients)
+
+    def own(given, data, env, *slot):
+        consts, server, key = given
+        return turn.given(consts)(server, data, env, key, *slot)
+
+    def alone(given, clients, data, env):
+        schedule = plan(work_of(env, data), width(len(env.ids)))
+        one = lambda *slot: own(given, data, env, *slot)
+        return _on_device(round, one, clients, data.num_clients, env, schedule, None, False)
+
+    return in_shared_lanes(alone, own, width, work_of, round.aggregate.reduce is None)
+
+
+def work_of(env: Env, data: FederatedData) -> jax.Array:
+    """What each client's turn costs, ``int32[cohort]``, negative for empty slots.
+
+    By size alone: an absent client keeps its place, so that the others' sums keep their order and bits.
+    """
+    return jnp.where(env.invited, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
 
 
 def _on_device(
@@ -219,18 +249,6 @@ def _chunk_by_chunk(run: Callable, entries: PyTree, device: jax.Array, axis: str
         return jax.lax.cond(mine, add, lambda sums, chunk: (sums, no_turns), sums, chunk)
 
     return jax.lax.scan(step, zeros, (entries, device))
-
-
-def side_by_side(function: Callable, lanes: int) -> Callable:
-    """``vmap``, but for one lane the function itself: a batch of one would turn convolutions into grouped ones."""
-    if lanes > 1:
-        return jax.vmap(function)
-
-    def alone(*arguments):
-        out = function(*jax.tree.map(lambda x: x[0], arguments))
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], out)
-
-    return alone
 
 
 def _summed(round: Round, outputs):

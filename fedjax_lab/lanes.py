@@ -1,5 +1,6 @@
 """Who runs when: how many lanes, which clients share a chunk, which device takes it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -74,6 +75,18 @@ def plan_own(work: jax.Array, mine: jax.Array, lanes: int, device: jax.Array) ->
     slots = jnp.where(mine[order], order, cohort)
     slots = jnp.concatenate([slots, jnp.full(chunks * lanes - cohort, cohort)]).astype(jnp.int32).reshape(chunks, lanes)
     return Plan(slots, jnp.where(slots[:, 0] < cohort, device, -1))
+
+
+def side_by_side(function: Callable, lanes: int) -> Callable:
+    """``vmap``, but for one lane the function itself: a batch of one would turn convolutions into grouped ones."""
+    if lanes > 1:
+        return jax.vmap(function)
+
+    def alone(*arguments):
+        out = function(*jax.tree.map(lambda x: x[0], arguments))
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], out)
+
+    return alone
 
 
 def choose(flops: float, sizes: np.ndarray | None, cohort: int, devices: int = 1) -> int:

@@ -38,7 +38,8 @@ class Process(NamedTuple):
     Attributes:
       init: ``(key, params=None) -> state``, one pytree that holds everything.
       step: ``(state, data) -> (state, metrics)``, one round; jitted, and a pure function that ``lax.scan``
-        and ``vmap`` take as well. A :class:`HostStep` where the data don't fit the device.
+        and ``vmap`` take as well. Its attribute ``abreast``, where it has one, is the same step for ``vmap`` over
+        states whose cohorts share their lanes. A :class:`HostStep` where the data don't fit the device.
       data: the population, on the device; an argument of the step rather than a part of it.
       params: ``(state) -> params`` of the server's model.
       variables: ``(state) -> Variables``, its params and model state.

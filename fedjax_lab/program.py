@@ -18,11 +18,15 @@ class Program(NamedTuple):
 
     Attributes:
       call: the function, for arguments of the shapes it was traced with.
+      consts: arrays that the function closed over.
+      given: ``consts -> call``, for others in their place.
       flops: floating-point operations of its matrix products and convolutions, a loop's body counted once:
         for a client's turn, about those of one training step.
     """
 
     call: Callable
+    consts: list[Any]
+    given: Callable[[list[Any]], Callable]
     flops: float
 
 
@@ -39,11 +43,14 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
         traced = rewriting.fast_in_loops(traced)
     structure = jax.tree.structure(shape)
 
-    def call(*arguments):
-        out = core.eval_jaxpr(traced.jaxpr, traced.consts, *jax.tree.leaves(arguments))
-        return jax.tree.unflatten(structure, out)
+    def given(consts: list[Any]) -> Callable:
+        def call(*arguments):
+            out = core.eval_jaxpr(traced.jaxpr, consts, *jax.tree.leaves(arguments))
+            return jax.tree.unflatten(structure, out)
 
-    return Program(call, cost)
+        return call
+
+    return Program(given(traced.consts), traced.consts, given, cost)
 
 
 def flops(jaxpr: Jaxpr) -> float:

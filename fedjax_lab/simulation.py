@@ -1,5 +1,6 @@
 """The synchronous schedule: in every round a cohort trains from the same server state."""
 
+import functools
 import hashlib
 from typing import Any, NamedTuple
 
@@ -102,19 +103,24 @@ def synchronous(
             run_key,
         )
 
-    def step(state: SimulationState, data: FederatedData):
+    def step(state: SimulationState, data: FederatedData, abreast: bool = False):
         key = jax.random.fold_in(state.key, state.round)
         public, clients, serving = (jax.random.fold_in(key, i) for i in range(3))
         probe = _probe(round, state.server, data, clients, apart)
         ids, present, sampler_state = sampler.sample(state.sampler, public, data, probe)
         env = make_env(state.round, public, ids, present, data.num_clients)
-        answers = run_cohort(round, state.server, state.clients, data, env, clients, lanes, mesh, sizes, specs)
+        answers = run_cohort(
+            round, state.server, state.clients, data, env, clients, lanes, mesh, sizes, specs, abreast=abreast
+        )
         server, server_metrics = serve(round, state.server, answers, env, serving)
         sampler_state = sampler.update(sampler_state, answers.ids, answers.ok, answers.metrics)
         new = SimulationState(server, answers.clients, sampler_state, state.round + 1, state.key)
         return strong(new), cohort_metrics(answers) | server_metrics | probe.cost()
 
+    together = functools.partial(step, abreast=True)
     start, step = _compiled(start, step, data, mesh)
+    if mesh is None:
+        step.abreast = together
 
     def init(key, params=None):
         return start(typed_key(key), data, params)
@@ -164,7 +170,7 @@ def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: 
     return cohort
 
 
-def _compiled(start, step, data: FederatedData, mesh: Mesh | None):
+def _compiled(start, step, data: FederatedData, mesh: Mesh | None) -> tuple[Any, Any]:
     """Both jitted; over a mesh with the same places for the state that comes out as for the one that goes in."""
     if mesh is None:
         return jax.jit(start), jax.jit(step)

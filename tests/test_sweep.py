@@ -15,11 +15,14 @@ import pytest
 
 import fedjax_lab as fl
 from algorithms.fedadam import fedadam
+from algorithms.fedavg import fedavg
 from algorithms.fedprox import fedprox
+from algorithms.scaffold import scaffold
 from fedjax_lab.cell_program import trace
 from fedjax_lab.grids import cells_of
 from tests.laws.table import ALGORITHMS
 from tests.problems import assert_close, assert_same_bits, softmax_data, softmax_model
+from tests.promises.mesh_program import median
 from tests.promises.resuming import walk
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -92,6 +95,24 @@ def test_every_algorithm_over_seeds(name):
     result = fl.sweep(lambda: process, 3, [4, 5], every=2, batch=2)
     for seed in (4, 5):
         assert_same_run(result.cell(seed=seed), fl.run(process, 3, seed=seed, every=2))
+
+
+@pytest.mark.parametrize("kind", ["client states", "all uploads at once"])
+def test_cohorts_abreast_share_lanes_and_nothing_else(kind):
+    """Ragged cohorts, some of whose clients are absent; every server, state and key is its own cell's."""
+    algorithm = scaffold(softmax_model(), optax.sgd(0.1), epochs=2, batch_size=10)
+    if kind != "client states":
+        algorithm = fedavg(softmax_model(), optax.sgd(0.1), batch_size=10)._replace(aggregate=median())
+    process = fl.synchronous(algorithm, softmax_data(), fl.dropout(fl.uniform(4), 0.3))
+    own = [process.init(seed) for seed in (3, 4, 5)]
+    states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *own)
+    abreast = jax.jit(jax.vmap(lambda state: process.step.abreast(state, process.data)))
+    for _ in range(3):
+        states, metrics = abreast(states)
+        own, logs = zip(*[process.step(state, process.data) for state in own], strict=True)
+    for seed, (state, log) in enumerate(zip(own, logs, strict=True)):
+        ours = jax.tree.map(lambda x, seed=seed: x[seed], (states.server, states.clients, metrics))
+        assert_close(ours, (state.server, state.clients, log))
 
 
 own_walk = functools.cache(walk)  # whose runs then compile once for all tests
@@ -180,7 +201,8 @@ def test_two_devices():
     jax.config.update("jax_num_cpu_devices", 2)
     import numpy as np
     import fedjax_lab as fl
-    from tests.promises.resuming import walk
+    from tests.promises.mesh_program import median
+from tests.promises.resuming import walk
 
     evaluate = lambda p, s: {"first": s.w[0]}
     call = lambda **how: fl.sweep(walk, 5, range(5), rate=[0.1], every=2, evaluate=evaluate, **how)
