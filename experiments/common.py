@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -149,6 +150,9 @@ def run_all(
         spent = result.seconds + result.compile_seconds
         count = f"[{len(results)}/{len(trainings)}] " if len(trainings) > 1 else ""
         print(f"{count}{name}: {describe(result)} ({result.rounds} rounds, {spent:.1f} s)", flush=True)
+        if crowded():
+            jax.clear_caches()  # compiled programs; what is still needed comes back from the user's cache folder
+            gc.collect()
 
     try:
         if workers == 1:
@@ -169,6 +173,19 @@ def run_all(
     finally:
         _write_metrics(out / "metrics.jsonl", {name: results[name] for name in trainings if name in results})
     return {name: results[name] for name in trainings}
+
+
+def crowded(maps: Path = Path("/proc/self/maps"), most: Path = Path("/proc/sys/vm/max_map_count")) -> bool:
+    """Whether the process has taken up half of the pieces of memory that Linux gives one.
+
+    Every compiled program takes some, and a study of some hundred of them ended with "Cannot allocate memory" in
+    the midst of free memory.
+    """
+    try:
+        with maps.open() as pieces:
+            return 2 * sum(1 for _ in pieces) > int(most.read_text())
+    except (OSError, ValueError):  # another system
+        return False
 
 
 DEVICES: int | None = None  # how many the command was told to use; None: all

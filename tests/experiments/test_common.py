@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 import fedjax_lab as fl
@@ -55,6 +56,25 @@ def test_what_was_interrupted_goes_on_and_ends_in_the_same_bits(process, tmp_pat
         assert_same_bits(whole[name].params, again[name].params)
     assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     assert capsys.readouterr().out.count("[3/3]") == 2
+
+
+def test_a_process_that_is_full_of_programs_forgets_them_and_goes_on(process, tmp_path, monkeypatch):
+    whole = common.run_all(trainings(process), tmp_path / "whole", lambda result: "done", workers=3)
+    forgotten = []
+    monkeypatch.setattr(common, "crowded", lambda: True)
+    monkeypatch.setattr(common.jax, "clear_caches", lambda real=jax.clear_caches: (forgotten.append(1), real()))
+    again = common.run_all(trainings(process), tmp_path / "again", lambda result: "done", workers=3)
+    assert len(forgotten) == 3
+    for name in whole:
+        assert_same_bits(whole[name].params, again[name].params)
+
+
+@pytest.mark.parametrize(("pieces", "most", "full"), [(6, "10\n", True), (5, "10\n", False), (9, "?", False)])
+def test_a_process_is_crowded_from_half_of_the_most_pieces_on(tmp_path, pieces, most, full):
+    (tmp_path / "maps").write_text("7f00-7f01 r--p\n" * pieces)
+    (tmp_path / "most").write_text(most)
+    assert common.crowded(tmp_path / "maps", tmp_path / "most") == full
+    assert not common.crowded(tmp_path / "nothing", tmp_path / "most")
 
 
 def test_checks_for_people():
