@@ -10,6 +10,8 @@ import optax
 import fedjax_lab as fl
 
 SIZES = (5, 12, 1, 30, 8, 23, 17, 9)
+# Sizes of clients; the oracle compiles each operation for every size of a batch: of 10, 5 and 1 here.
+FEW_SHAPES = (5, 15, 1, 30, 10, 25, 5, 15)
 
 
 def softmax_model(classes: int = 3, features: int = 4) -> fl.Model:

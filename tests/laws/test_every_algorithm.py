@@ -9,11 +9,9 @@ import pytest
 import fedjax_lab as fl
 from tests.compiling import compiled_once
 from tests.laws.table import ALGORITHMS, ALWAYS, sometimes
-from tests.problems import assert_close, assert_same_bits, assert_seeds_vmap, softmax_data, steps
+from tests.problems import FEW_SHAPES, assert_close, assert_same_bits, assert_seeds_vmap, softmax_data, steps
 
 COHORT = fl.uniform(5)
-# The oracle compiles each operation for every size of a batch: of 10, 5 and 1 here.
-FEW_SHAPES = (5, 15, 1, 30, 10, 25, 5, 15)
 
 
 @pytest.mark.parametrize("name", sometimes(*ALWAYS))

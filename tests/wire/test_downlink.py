@@ -10,7 +10,7 @@ import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from fedjax_lab import wire
 from tests.compiling import compiled_once
-from tests.problems import assert_close, assert_same_bits, softmax_data, softmax_model, steps
+from tests.problems import FEW_SHAPES, assert_close, assert_same_bits, softmax_data, softmax_model, steps
 from tests.refusals import refused
 
 MODEL, SGD = softmax_model(), optax.sgd(0.1)
@@ -145,7 +145,7 @@ def test_both_directions_with_evaluation():
 
 def test_the_engine_agrees_with_the_slow_twin():
     round = fl.compose(base(), fl.downlink(wire.hadamard(), wire.quantize(6)))
-    data = softmax_data(empty=1)
+    data = softmax_data(FEW_SHAPES, empty=1)
     process = fl.synchronous(round, data, fl.uniform(5), lanes=2)
     state, _ = steps(process, 3)
     slow = fl.oracle_run(round, data, fl.uniform(5), num_rounds=3)
