@@ -35,9 +35,9 @@ def in_shared_lanes(
 
     @function.def_vmap
     def of_cells(cells: int, batched: list, given: PyTree, clients: PyTree, data: PyTree, env: PyTree):
-        apart, own_clients, own_data, own_env = batched
+        own_given, own_clients, own_data, own_env = batched
         if any(jax.tree.leaves(own_data)):  # each cell has a population of its own
-            axes = jax.tree.map(lambda own: 0 if own else None, (apart, own_clients, own_data, own_env))
+            axes = jax.tree.map(lambda own: 0 if own else None, (own_given, own_clients, own_data, own_env))
             out = jax.vmap(alone, axes, axis_size=cells)(given, clients, data, env)
             return out, jax.tree.map(lambda _: True, out)
         whole = lambda x, own: x if own else jnp.broadcast_to(x, (cells, *x.shape))
@@ -55,7 +55,7 @@ def in_shared_lanes(
 
         def lane(cell, *slot):
             mine = lambda x, own=True: x[jnp.minimum(cell, cells - 1)] if own else x
-            return turn(jax.tree.map(mine, given, apart), data, jax.tree.map(mine, env), *slot)
+            return turn(jax.tree.map(mine, given, own_given), data, jax.tree.map(mine, env), *slot)
 
         def add(sums, chunk):
             summands, turns = side_by_side(lane, slots.shape[1])(*chunk)

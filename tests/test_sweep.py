@@ -115,6 +115,19 @@ def test_cohorts_abreast_share_lanes_and_nothing_else(kind):
         assert_close(ours, (state.server, state.clients, log))
 
 
+def test_cells_abreast_may_have_populations_of_their_own():
+    populations = [softmax_data(seed=seed) for seed in (0, 1)]
+    algorithm = fedavg(softmax_model(), optax.sgd(0.1), batch_size=10)
+    processes = [fl.synchronous(algorithm, data, fl.uniform(4)) for data in populations]
+    start = processes[0].init(3)
+    leaves, shapes = zip(*[jax.tree.flatten(process.data) for process in processes], strict=True)
+    both = jax.tree.unflatten(shapes[0], map(jnp.stack, zip(*leaves, strict=True)))  # ids are the first one's
+    params = jax.vmap(lambda data: processes[0].step.abreast(start, data)[0].server.variables.params)(both)
+    for i, process in enumerate(processes):
+        mine = process.params(process.step(process.init(3), process.data)[0])
+        assert_close(jax.tree.map(lambda x, i=i: x[i], params), mine)
+
+
 own_walk = functools.cache(walk)  # whose runs then compile once for all tests
 
 
