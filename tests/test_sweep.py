@@ -214,8 +214,7 @@ def test_two_devices():
     jax.config.update("jax_num_cpu_devices", 2)
     import numpy as np
     import fedjax_lab as fl
-    from tests.promises.mesh_program import median
-from tests.promises.resuming import walk
+    from tests.promises.resuming import walk
 
     evaluate = lambda p, s: {"first": s.w[0]}
     call = lambda **how: fl.sweep(walk, 5, range(5), rate=[0.1], every=2, evaluate=evaluate, **how)
