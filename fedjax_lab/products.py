@@ -6,6 +6,7 @@ classes and batches of 10 takes .7 instead of 1.5 us with 60 features and 6 inst
 models side by side, jax 0.10). The sums are the same, in another order.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,5 +42,8 @@ def as_sums(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """``lhs.T @ rhs`` of ``[examples, inputs]`` and ``[examples, outputs]``, a row of the result at a time."""
     if lhs.shape[1] < rhs.shape[1]:
         return as_sums(rhs, lhs).T
-    columns = [sum(lhs[i] * rhs[i, j] for i in range(len(lhs))) for j in range(rhs.shape[1])]
-    return lax.transpose(jnp.stack(columns), (1, 0))
+    # A slice of the whole product would be computed first and read again: a third slower.
+    rows = [lax.index_in_dim(lhs, i, keepdims=False) for i in range(len(lhs))]
+    factor = lambda i, j: lax.broadcast(lax.squeeze(lax.slice(rhs, (i, j), (i + 1, j + 1)), (0, 1)), rows[0].shape)
+    column = lambda j: functools.reduce(lax.add, [lax.mul(row, factor(i, j)) for i, row in enumerate(rows)])
+    return lax.transpose(jnp.stack([column(j) for j in range(rhs.shape[1])]), (1, 0))
