@@ -53,7 +53,7 @@ def sweep(
         other, with one process for each point of the grid.
       every: rounds between logging points, run in one dispatch; logging points are as in :func:`fedjax_lab.run`.
       batch: how many cells run at once, over all devices; the others wait, and go through the same program. Fewer need
-        less memory. By default all of them, on a CPU as many as gain by it: models of some hundred parameters side
+        less memory. By default all of them, on a CPU as many as gain by it: models of some thousand parameters side
         by side, larger ones one at a time on each device.
       devices: how many of this computer's devices share the cells out, all by default. Each runs its cells by itself,
         with a copy of the data. A process with a mesh of its own uses that instead.
