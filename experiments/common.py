@@ -176,7 +176,7 @@ def run_all(
 
 
 def crowded(maps: Path = Path("/proc/self/maps"), most: Path = Path("/proc/sys/vm/max_map_count")) -> bool:
-    """Whether the process has taken up half of the pieces of memory that Linux gives one.
+    """Whether the process has taken up more than half of the pieces of memory that Linux gives one.
 
     Every compiled program takes some, and a study of some hundred of them ended with "Cannot allocate memory" in
     the midst of free memory.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-# Beyond, a matrix product is as fast or faster: 20 examples and 10 classes, 2.1 against 2.4 us.
+# Each term is compiled: W1's hundred cost .3 s. With 320 terms (32 examples, 10 classes) a product is as fast, 2.3 us.
 MOST_TERMS, SHORTEST_ROW = 128, 16
 
 
@@ -39,7 +39,7 @@ FORMS = {"dot_general": _form}
 
 
 def as_sums(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """``lhs.T @ rhs`` of ``[examples, inputs]`` and ``[examples, outputs]``, a row of the result at a time."""
+    """``lhs.T @ rhs`` of ``[examples, inputs]`` and ``[examples, outputs]``, a column at a time (of the narrower)."""
     if lhs.shape[1] < rhs.shape[1]:
         return as_sums(rhs, lhs).T
     # A slice of the whole product would be computed first and read again: a third slower.

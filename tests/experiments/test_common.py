@@ -70,7 +70,7 @@ def test_a_process_that_is_full_of_programs_forgets_them_and_goes_on(process, tm
 
 
 @pytest.mark.parametrize(("pieces", "most", "full"), [(6, "10\n", True), (5, "10\n", False), (9, "?", False)])
-def test_a_process_is_crowded_from_half_of_the_most_pieces_on(tmp_path, pieces, most, full):
+def test_a_process_is_crowded_beyond_half_of_the_most_pieces(tmp_path, pieces, most, full):
     (tmp_path / "maps").write_text("7f00-7f01 r--p\n" * pieces)
     (tmp_path / "most").write_text(most)
     assert common.crowded(tmp_path / "maps", tmp_path / "most") == full
