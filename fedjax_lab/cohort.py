@@ -119,13 +119,11 @@ def run_cohort(
 
     def here(server, clients, data, env, key, beside):
         round = made(beside)
-        devices, axis = (1, None) if mesh is None else (mesh.shape[AXIS], AXIS)
         turn = _traced_turn(round, server, clients, data, env, key)
-        if abreast:
-            return _abreast(round, turn, lanes, sizes)((turn.consts, server, key), clients, data, env)
-        cohort = len(env.ids)
+        if mesh is None:
+            return _on_one_device(round, turn, lanes, sizes, abreast)((turn.consts, server, key), clients, data, env)
+        devices, cohort, work = mesh.shape[AXIS], len(env.ids), work_of(env, data)
         width = min(lanes or choose(turn.flops, sizes, cohort, devices), cohort)
-        work = work_of(env, data)
         one = lambda *slot: turn.call(server, data, env, key, *slot)
         if apart:
             me = jax.lax.axis_index(AXIS)
@@ -133,7 +131,7 @@ def run_cohort(
             schedule = plan_own(work, mine & env.invited, width, me)
         else:
             schedule = plan(work, width, devices)
-        return _on_device(round, one, clients, data.num_clients, env, schedule, axis, apart)
+        return _on_device(round, one, clients, data.num_clients, env, schedule, AXIS, apart)
 
     if mesh is not None:
         clients = padded(clients, mesh.shape[AXIS])
@@ -168,8 +166,8 @@ def _traced_turn(round: Round, server, clients: ClientStates, data: FederatedDat
     return trace(turn, server, data, env, key, *slot)
 
 
-def _abreast(round: Round, turn: Program, lanes: int | None, sizes: np.ndarray | None) -> Callable:
-    """One cohort on one device; several under ``vmap`` share the lanes."""
+def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.ndarray | None, abreast: bool) -> Callable:
+    """``(given, clients, data, env)`` -> as :func:`_on_device`; ``abreast``: cohorts under ``vmap`` share lanes."""
 
     def width(clients: int, cohorts: int = 1) -> int:
         return min(lanes * cohorts if lanes else choose(turn.flops, sizes, clients), clients)
@@ -183,7 +181,7 @@ def _abreast(round: Round, turn: Program, lanes: int | None, sizes: np.ndarray |
         one = lambda *slot: own(given, data, env, *slot)
         return _on_device(round, one, clients, data.num_clients, env, schedule, None, False)
 
-    return in_shared_lanes(alone, own, width, work_of, round.aggregate.reduce is None)
+    return in_shared_lanes(alone, own, width, work_of, round.aggregate.reduce is None) if abreast else alone
 
 
 def work_of(env: Env, data: FederatedData) -> jax.Array:
