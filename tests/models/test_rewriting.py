@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import core, lax
 
-from fedjax_lab import rewriting
+from fedjax_lab import rewriting, winograd
 
 
 def before_and_after(function, *arguments):
@@ -31,6 +31,52 @@ def test_gradients_of_a_convolution(layout, padding, channels):
     assert ("dot_general" in text) == (channels == 8)
     for a, b in zip(was, now, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")], ids=lambda layout: layout[0])
+@pytest.mark.parametrize(
+    ("size", "taps", "padding", "tolerance"),
+    [
+        ((8, 8), (3, 3), "VALID", 5e-6),
+        ((11, 7), (3, 3), "SAME", 5e-6),
+        ((7, 8), (5, 5), "SAME", 3e-5),
+        ((9, 6), (5, 3), [(1, 2), (0, 1)], 1e-5),
+    ],
+    ids=["whole tiles", "tiles that stick out", "five taps", "each axis its own"],
+)
+def test_wide_convolutions_take_fewer_multiplications(layout, size, taps, padding, tolerance):
+    x = jax.random.normal(jax.random.key(0), (3, *size, 32))
+    w = jax.random.normal(jax.random.key(1), (*taps, 32, 48)) / 17
+    if layout[0] == "NCHW":
+        x, w = x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1)
+    conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=layout)
+    loss = lambda x, w: jnp.sum(conv(x, w) ** 2)
+    was, now, text = before_and_after(lambda x, w: (conv(x, w), *jax.grad(loss, (0, 1))(x, w)), x, w)
+    assert text.count("conv_general_dilated[") == 1, "the gradient of the images, to fewer channels, is left"
+    for a, b in zip(was, now, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * np.abs(a).max())
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype", "precision"),
+    [(31, jnp.float32, None), (32, jnp.bfloat16, None), (32, jnp.float32, lax.Precision.HIGHEST)],
+    ids=["few channels", "half precision", "highest precision"],
+)
+def test_plain_sums_where_few_multiplications_do_not_pay_or_are_not_wanted(channels, dtype, precision):
+    x, w = jnp.ones((2, 6, 6, channels), dtype), jnp.ones((3, 3, channels, 32), dtype)
+    layout = ("NHWC", "HWIO", "NHWC")
+    conv = lambda x: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=layout, precision=precision)
+    was, now, text = before_and_after(conv, x)
+    assert text.count("conv_general_dilated[") == 1
+    np.testing.assert_array_equal(now[0], was[0])
+
+
+@pytest.mark.parametrize(("outputs", "taps"), [(2, 3), (3, 3), (2, 4), (3, 4), (2, 5)])
+def test_minimal_filtering_is_the_filter(outputs, taps):
+    a, g, b = winograd.minimal_filtering(outputs, taps)
+    places, weights = np.random.default_rng(6).normal(size=outputs + taps - 1), np.arange(1.0, taps + 1)
+    few = a @ ((g @ weights) * (b @ places))
+    np.testing.assert_allclose(few, np.correlate(places, weights, "valid"), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("stride", "groups"), [(2, 1), (1, 4)], ids=["strided", "grouped"])
