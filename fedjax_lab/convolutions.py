@@ -35,8 +35,10 @@ def _form(eqn: JaxprEqn) -> Callable:
     # In a gradient the input channels take the place of a batch, and the kernel's places that of an image.
     channels = lhs.shape[names.lhs_spec[0 if gradient else 1]]
     taps = [out.shape[d] for d in names.out_spec[2:]] if gradient else [rhs.shape[d] for d in names.rhs_spec[2:]]
+    features, places = rhs.shape[names.rhs_spec[0]], (rhs if gradient else out).size
+    plain = channels * math.prod(taps) * places  # multiplications
     single = all(v.dtype == jnp.float32 for v in (lhs, rhs, out))
-    if not (single and winograd.fits(channels, rhs.shape[names.rhs_spec[0]], taps, eqn.params)):
+    if not (single and plain >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, eqn.params)):
         form = as_products if gradient else canonical
     else:
         form = gradient_with_few_products if gradient else with_few_products

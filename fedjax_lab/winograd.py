@@ -25,6 +25,8 @@ from jax import lax
 
 # With fewer channels, or more of them than features, the transforms cost what the products save.
 FEWEST_CHANNELS = 32
+# Multiplications that pay for compiling the transforms, about a second for each layer.
+LEAST_WORK = 4e6
 # Taps of a filter along an axis. Tiles of more inputs than six would lose digits: their points are larger.
 TAPS, MOST_INPUTS = (3, 4, 5), 6
 # Larger tiles have more terms to add in their transforms, and must save this share of the multiplications.

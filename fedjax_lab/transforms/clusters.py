@@ -94,7 +94,10 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
         def broadcast(server, state, client, key):
             message = jax.vmap(lambda one: round.broadcast(one, state, client, key))(server.models)
             if any(isinstance(part, Sent) for part in jax.tree.leaves(message, is_leaf=lambda x: isinstance(x, Sent))):
-                raise ValueError("clusters() sends several models, and downlink() knows one: put downlink() after it")
+                raise ValueError(
+                    "clusters() sends several models, but this Round sends what is new to a client that holds one: "
+                    "put downlink() after clusters(), and leave out what else makes such messages"
+                )
             return message
 
         def client_update(message, state, client, key, tilt=identity):

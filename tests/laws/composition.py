@@ -1,5 +1,6 @@
 """Which transforms go together: ``python -m tests.laws.composition`` tries all pairs and writes docs/composition.md."""
 
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -145,12 +146,18 @@ def table(outcomes: dict[tuple[str, str], str]) -> str:
     lines = [f"| {' | '.join(row)} |" for row in (["", *inners], ["---"] * (len(inners) + 1), *rows)]
     remarks = [f"{i}. {note}" for i, note in enumerate(notes, 1)]
     count = sum(text == TRAINS for text in outcomes.values())
+    trains = lambda *cell: outcomes.get(cell) == TRAINS
+    over = [cell for cell in outcomes if cell[0] in ALGORITHMS]
+    pairs = list(itertools.combinations(TRANSFORMS, 2))
+    either = sum(trains(one, other) or trains(other, one) for one, other in pairs)
     return "\n".join([
         "# What composes with what",
         "",
         "`fl.compose(algorithm, row)`, and `fl.compose(fedavg, column, row)` for a column that is a transform: *yes*",
         "if three jitted rounds on eight uneven clients lower the training loss, compiled once; a number if the pair",
-        f"is refused when it is built, with the sentence below. {count} of {len(outcomes)} pairs train. Made by",
+        f"is refused when it is built, with the sentence below. {count} of {len(outcomes)} train: "
+        f"{sum(trains(*cell) for cell in over)} of {len(over)}",
+        f"over the algorithms, and {either} of the {len(pairs)} pairs of transforms in one order at least. Made by",
         "`python -m tests.laws.composition [names]`; `tests/laws/test_composition.py` holds the page to the code. An",
         "empty cell was not tried yet.",
         "",
