@@ -172,7 +172,10 @@ BASE = fedavg(SOFTMAX, optax.sgd(0.1))
         (lambda: fl.compose(BASE, clusters(2), split_clusters(2, eps1=1, eps2=2)), "has several already"),
         (lambda: fl.compose(BASE, clusters(2), private(leaves("params/b"))), "put it first"),
         (lambda: fl.synchronous(fl.compose(BASE, clusters(5)), softmax_data(), fl.uniform(4)), "5 clusters are more"),
-        (lambda: fl.synchronous(fl.compose(BASE, fl.downlink(wire.qsgd(8)), clusters(2)), softmax_data()), "after it"),
+        (
+            lambda: fl.synchronous(fl.compose(BASE, fl.downlink(wire.qsgd(8)), clusters(2)), softmax_data()),
+            r"put downlink\(\) after clusters\(\)",
+        ),
         (lambda: fl.compose(BASE, clusters(2)).init(jax.random.key(0), softmax_data(), {"w": 0, "b": 0}), "axis of 2"),
     ],
 )
