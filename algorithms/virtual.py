@@ -90,13 +90,7 @@ def virtual(
         parameters that aren't floating-point numbers; when the process is built, a predicate that names nothing,
         everything, or the model's state.
     """
-    for value, name in ((prior_scale, "prior_scale"), (kl_weight, "kl_weight")):
-        fl.checks.positive(value, name)
-    for count, name in ((samples, "samples"), (predictions, "predictions")):
-        fl.checks.positive(count, name, integer=True)
-    fl.checks.positive(damping, "damping")
-    if not isinstance(damping, Tracer) and damping > 1:
-        raise ValueError(f"damping must be above 0 and at most 1; got {damping!r}")
+    _check(prior_scale, damping, samples, kl_weight, predictions)
     model = vi.bayesian(model, predictions)
     local = fl.local_training(model, client_optimizer, **local_work)
     if model.init_from is None:
@@ -217,3 +211,13 @@ def _splits(private: Callable[[str], bool], variables: fl.Variables) -> None:
     if all(of_params) or not any(of_params):
         what = "everything" if all(of_params) else "nothing"
         raise ValueError(f"the predicate makes {what} private of {list(chosen)}")
+
+
+def _check(prior_scale: Any, damping: Any, samples: int, kl_weight: Any, predictions: int) -> None:
+    for value, name in ((prior_scale, "prior_scale"), (kl_weight, "kl_weight")):
+        fl.checks.positive(value, name)
+    for count, name in ((samples, "samples"), (predictions, "predictions")):
+        fl.checks.positive(count, name, integer=True)
+    fl.checks.positive(damping, "damping")
+    if not isinstance(damping, Tracer) and damping > 1:
+        raise ValueError(f"damping must be above 0 and at most 1; got {damping!r}")

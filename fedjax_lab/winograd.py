@@ -29,11 +29,25 @@ FEWEST_CHANNELS = 32
 LEAST_WORK = 4e6
 # Taps of a filter along an axis. Tiles of more inputs than six would lose digits: their points are larger.
 TAPS, MOST_INPUTS = (3, 4, 5), 6
-# Larger tiles have more terms to add in their transforms, and must save this share of the multiplications.
+# Larger tiles have more terms to add in their transforms: they may take at most this share of the multiplications.
 WORTH = 0.85
 
 Grid = list[list[jax.Array]]
 Padding = Sequence[tuple[int, int]]
+
+
+class Filtering(NamedTuple):
+    """``a @ ((g @ filter) * (b @ inputs))`` is what a filter gives at each place of a tile.
+
+    Attributes:
+      a: ``float32[outputs, inputs]``.
+      g: ``float32[inputs, taps]``.
+      b: ``float32[inputs, inputs]``.
+    """
+
+    a: np.ndarray
+    g: np.ndarray
+    b: np.ndarray
 
 
 class Axis(NamedTuple):
@@ -54,8 +68,8 @@ class Axis(NamedTuple):
         return self.outputs * self.count
 
     @property
-    def matrices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """``(A [outputs, inputs], G [inputs, taps], B [inputs, inputs])``."""
+    def filtering(self) -> Filtering:
+        """The matrices of such tiles."""
         return minimal_filtering(self.outputs, self.taps)
 
 
@@ -79,7 +93,7 @@ def convolution(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.A
     axes = [tiling(places, taps) for places, taps in zip(out, kernel.shape, strict=False)]
     seen, filters = _seen(images, padding, axes), _filters(kernel, axes)
     products = [[jnp.dot(a, b) for a, b in zip(*row, strict=True)] for row in zip(seen, filters, strict=True)]
-    tiles = _transformed([axis.matrices[0] for axis in axes], products)
+    tiles = _transformed([axis.filtering.a for axis in axes], products)
     shape = (len(images), *(axis.count for axis in axes), kernel.shape[-1])
     whole = _side_by_side([[tile.reshape(shape) for tile in row] for row in tiles])
     return whole[:, : out[0], : out[1]]
@@ -93,26 +107,20 @@ def kernel_gradient(images: jax.Array, cotangent: jax.Array, padding: Padding) -
     seen, given = _seen(images, padding, axes), _given(cotangent, axes)
     by_examples = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())))
     products = [by_examples(a, b) for row in zip(seen, given, strict=True) for a, b in zip(*row, strict=True)]
-    weights = np.kron(axes[0].matrices[1], axes[1].matrices[1])  # [inputs^2, taps^2]
-    gradient = _product(weights.T, jnp.stack(products))
+    gradient = _product(_of_filters(axes).T, jnp.stack(products))
     return gradient.reshape(axes[0].taps, axes[1].taps, *gradient.shape[1:])
 
 
 def tiling(places: int, taps: int) -> Axis:
     """Tiles for an axis of so many outputs: of two places, or of three where that saves enough."""
-    choices = [Axis(m, taps, -(-places // m)) for m in (2, 3) if m + taps - 1 <= MOST_INPUTS]
-    small, *large = choices
-    return min((c for c in large if c.count * c.inputs <= math.sqrt(WORTH) * small.count * small.inputs), default=small)
+    small, large = (Axis(m, taps, -(-places // m)) for m in (2, 3))
+    saves = large.count * large.inputs <= math.sqrt(WORTH) * small.count * small.inputs  # on each of two axes
+    return large if saves and large.inputs <= MOST_INPUTS else small
 
 
 @functools.cache
-def minimal_filtering(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The matrices of ``F(outputs, taps)``, by Toom and Cook: polynomials multiplied at points and infinity.
-
-    Returns:
-      ``(A [outputs, inputs], G [inputs, taps], B [inputs, inputs])`` with
-      ``A @ ((G @ filter) * (B @ inputs))`` the filter's ``outputs`` places.
-    """
+def minimal_filtering(outputs: int, taps: int) -> Filtering:
+    """The matrices of ``F(outputs, taps)``, by Toom and Cook: polynomials multiplied at points and infinity."""
     points = [Fraction(p) for p in (0, 1, -1, 2, -2)][: outputs + taps - 2]
     others = [[q for q in points if q != p] for p in points]
     powers = lambda p, n: [p**i for i in range(n)]
@@ -122,7 +130,7 @@ def minimal_filtering(outputs: int, taps: int) -> tuple[np.ndarray, np.ndarray, 
     g = [[x / scale for x in powers(p, taps)] for p, scale in zip(points, scales, strict=True)] + [infinity(taps)]
     b = [[*_coefficients(rest), Fraction(0)] for rest in others] + [_coefficients(points)]
     as_array = lambda rows: np.array(rows, np.float64).astype(np.float32)
-    return as_array(a).T, as_array(g), as_array(b)
+    return Filtering(as_array(a).T, as_array(g), as_array(b))
 
 
 def _coefficients(roots: list[Fraction]) -> list[Fraction]:
@@ -140,25 +148,30 @@ def _places(images: Sequence[int], kernel: Sequence[int], padding: Padding) -> l
 
 def _seen(images: jax.Array, padding: Padding, axes: Sequence[Axis]) -> Grid:
     """What each tile of outputs sees, transformed: for each place ``[tiles, channels]``."""
-    short = [axis.size + axis.taps - 1 - n - low - high
-             for axis, n, (low, high) in zip(axes, images.shape[1:3], padding, strict=True)]  # fmt: skip
-    images = _padded(images, [(low, high + more) for (low, high), more in zip(padding, short, strict=True)])
+    ends = [
+        axis.size + axis.taps - 1 - n - low for axis, n, (low, _) in zip(axes, images.shape[1:3], padding, strict=True)
+    ]
+    images = _padded(images, [(low, end) for (low, _), end in zip(padding, ends, strict=True)])
     grid = _pieces(images, axes, [axis.inputs for axis in axes])
-    return _as_rows(_transformed([axis.matrices[2] for axis in axes], grid))
+    return _as_rows(_transformed([axis.filtering.b for axis in axes], grid))
 
 
 def _given(cotangent: jax.Array, axes: Sequence[Axis]) -> Grid:
     """What each tile of outputs gives, transformed: for each place ``[tiles, features]``."""
     short = [axis.size - n for axis, n in zip(axes, cotangent.shape[1:3], strict=True)]
     grid = _pieces(_padded(cotangent, [(0, more) for more in short]), axes, [axis.outputs for axis in axes])
-    return _as_rows(_transformed([axis.matrices[0].T for axis in axes], grid))
+    return _as_rows(_transformed([axis.filtering.a.T for axis in axes], grid))
 
 
 def _filters(kernel: jax.Array, axes: Sequence[Axis]) -> Grid:
-    weights = np.kron(axes[0].matrices[1], axes[1].matrices[1])
-    places = _product(weights, kernel.reshape(-1, *kernel.shape[2:]))
+    places = _product(_of_filters(axes), kernel.reshape(-1, *kernel.shape[2:]))
     width = axes[1].inputs
     return [[places[i * width + j] for j in range(width)] for i in range(axes[0].inputs)]
+
+
+def _of_filters(axes: Sequence[Axis]) -> np.ndarray:
+    """The transform of a kernel in one matrix: ``[inputs^2, taps^2]``."""
+    return np.kron(axes[0].filtering.g, axes[1].filtering.g)
 
 
 def _product(weights: np.ndarray, places: jax.Array) -> jax.Array:

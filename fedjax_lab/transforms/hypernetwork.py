@@ -101,16 +101,8 @@ def hypernetwork(
     goes_downhill(server_optimizer, "server_optimizer")
 
     def transform(round: Round) -> Round:
+        _check_round(round)
         model, view = round.model, round.view
-        if model is None or view is None:
-            raise ValueError("hypernetwork() makes the models that clients are sent, but this Round sends none")
-        if {"many_models", "sub_models"} & round.traits:
-            raise ValueError("hypernetwork() makes whole models, one for each client, but this Round sends several")
-        if "changes" in round.traits:
-            raise ValueError(
-                "hypernetwork() learns from how a client's model changed, but this Round uploads what is new since the "
-                'last upload: take a selective(...) that has instead="nothing"'
-            )
 
         def init(key, data, params=None):
             inner = round.init(key, data, params)
@@ -281,3 +273,15 @@ def _whole(uploads: Variables, variables: Variables, cohort: int) -> Variables:
 
 def _unchangeable(server: HyperServer, variables: Variables) -> HyperServer:
     raise ValueError("a hypernetwork makes its clients' models: there is no one model to replace")
+
+
+def _check_round(round: Round) -> None:
+    if round.model is None or round.view is None:
+        raise ValueError("hypernetwork() makes the models that clients are sent, but this Round sends none")
+    if {"many_models", "sub_models"} & round.traits:
+        raise ValueError("hypernetwork() makes whole models, one for each client, but this Round sends several")
+    if "changes" in round.traits:
+        raise ValueError(
+            "hypernetwork() learns from how a client's model changed, but this Round uploads what is new since the "
+            'last upload: take a selective(...) that has instead="nothing"'
+        )
