@@ -5,7 +5,8 @@ Outside a loop XLA brings a convolution's operands into the layout that its CPU 
 times slower (jax 0.10: one training step of a small CNN took 35 ms outside a loop and 800 ms inside). So every
 convolution gets its operands as NHWC and HWIO by explicit transposes, and the gradient of a kernel becomes a matrix
 product for each example, which takes about half of the convolution's time. The sums are the same, in another order.
-Those of small kernels between many channels take fewer multiplications instead (``winograd.py``).
+Small kernels between many channels take fewer multiplications instead (``winograd.py``), and those between few
+become matrix products (``banded.py``).
 """
 
 import functools
@@ -20,7 +21,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from fedjax_lab import winograd
+from fedjax_lab import banded, winograd
 
 CONVOLUTION = "conv_general_dilated"
 # A gradient as products copies an example once for each place in the kernel, and pays off from some input channels on.
@@ -29,20 +30,54 @@ MOST_PLACES, FEWEST_CHANNELS = 25, 8
 
 
 def _form(eqn: JaxprEqn) -> Callable:
-    lhs, rhs, out = _operands(eqn)
+    lhs, rhs, out = [v.aval for v in (*eqn.invars, *eqn.outvars)]
     gradient = is_kernel_gradient(lhs, rhs, out, eqn.params)
-    names = eqn.params["dimension_numbers"]
-    # In a gradient the input channels take the place of a batch, and the kernel's places that of an image.
-    channels = lhs.shape[names.lhs_spec[0 if gradient else 1]]
-    taps = [out.shape[d] for d in names.out_spec[2:]] if gradient else [rhs.shape[d] for d in names.rhs_spec[2:]]
-    features, places = rhs.shape[names.rhs_spec[0]], (rhs if gradient else out).size
-    plain = channels * math.prod(taps) * places  # multiplications
-    single = all(v.dtype == jnp.float32 for v in (lhs, rhs, out))
-    if not (single and plain >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, eqn.params)):
-        form = as_products if gradient else canonical
-    else:
-        form = gradient_with_few_products if gradient else with_few_products
+    form = (_gradient_form if gradient else _plain_form)(lhs, rhs, out, eqn.params)
     return functools.partial(form, params=eqn.params)
+
+
+def _plain_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callable:
+    features, channels, *taps = (rhs.shape[d] for d in params["dimension_numbers"].rhs_spec)
+    if not _is_plain(lhs, rhs, out, taps, params):
+        return canonical
+    work, padding = channels * math.prod(taps) * out.size, params["padding"]
+    width = lhs.shape[params["dimension_numbers"].lhs_spec[-1]]
+    if work >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, params):
+        return functools.partial(_with_last_channels, winograd.convolution)
+    if work >= banded.LEAST_WORK and banded.gathers(channels, features):
+        return functools.partial(_with_last_channels, banded.gather)
+    if work >= banded.LEAST_WORK and banded.spreads(width, channels, features, taps, padding):
+        return functools.partial(_with_last_channels, banded.spread)
+    return canonical
+
+
+def _gradient_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callable:
+    names = params["dimension_numbers"]
+    # The input channels take the place of a batch, and the kernel's places that of an image.
+    channels, features = lhs.shape[names.lhs_spec[0]], rhs.shape[names.rhs_spec[0]]
+    taps = [out.shape[d] for d in names.out_spec[2:]]
+    plain, work = _is_plain(lhs, rhs, out, taps, params), channels * math.prod(taps) * rhs.size
+    if plain and work >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, params):
+        return functools.partial(_gradient_with_last_channels, winograd.kernel_gradient)
+    if plain and work >= banded.LEAST_WORK and channels == 1 and banded.gathers(channels, features):
+        return functools.partial(_gradient_with_last_channels, banded.kernel_gradient)
+    return as_products if channels >= FEWEST_CHANNELS else canonical
+
+
+def _is_plain(lhs: Any, rhs: Any, out: Any, taps: list[int], params: dict[str, Any]) -> bool:
+    """Is it of images in single precision, without strides, dilation or groups, with windows that stick out in part?"""
+    return (
+        len(taps) == 2
+        and _is_dense(params)
+        and all(v.dtype == jnp.float32 for v in (lhs, rhs, out))
+        and all(0 <= low < n and 0 <= high < n for n, (low, high) in zip(taps, params["padding"], strict=True))
+        and params["preferred_element_type"] in (None, jnp.float32)
+    )
+
+
+def _is_dense(params: dict[str, Any]) -> bool:
+    ones = (*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"])
+    return all(n == 1 for n in (*ones, params["feature_group_count"], params["batch_group_count"]))
 
 
 FORMS = {CONVOLUTION: _form}
@@ -69,19 +104,19 @@ def canonical(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Arr
     return lax.transpose(result, _inverse(_last(params["dimension_numbers"].out_spec)))
 
 
-def with_few_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
-    """The same by ``winograd``."""
-    result = winograd.convolution(*_last_channels(lhs, rhs, params), params["padding"])
+def _with_last_channels(form: Callable, lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """The same by a form for images as NHWC and a kernel as HWIO."""
+    result = form(*_last_channels(lhs, rhs, params), params["padding"], params["precision"])
     return lax.transpose(result, _inverse(_last(params["dimension_numbers"].out_spec)))
 
 
-def gradient_with_few_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
-    """A kernel's gradient by ``winograd``: its input channels stand in a batch's place, the examples in theirs."""
+def _gradient_with_last_channels(form: Callable, lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """A kernel's gradient by such a form: its input channels stand in a batch's place, the examples in theirs."""
     names = params["dimension_numbers"]
     first, kernel, out = names.lhs_spec, names.rhs_spec, names.out_spec  # each (batch, feature, *space)
     images = lax.transpose(lhs, (first[1], *first[2:], first[0]))
     cotangent = lax.transpose(rhs, (kernel[1], *kernel[2:], kernel[0]))
-    gradient = winograd.kernel_gradient(images, cotangent, params["padding"])
+    gradient = form(images, cotangent, params["padding"], params["precision"])
     return lax.transpose(gradient, _inverse((*out[2:], out[0], out[1])))
 
 
@@ -90,12 +125,8 @@ def is_kernel_gradient(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> 
     names = params["dimension_numbers"]
     window = [rhs.shape[d] for d in names.rhs_spec[2:]]
     places = [out.shape[d] for d in names.out_spec[2:]]
-    dense = all(n == 1 for n in (*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"]))
-    ungrouped = params["feature_group_count"] == params["batch_group_count"] == 1
     return (
-        dense
-        and ungrouped
-        and lhs.shape[names.lhs_spec[0]] >= FEWEST_CHANNELS  # a kernel's input channels take the place of a batch
+        _is_dense(params)
         and 1 < math.prod(places) <= MOST_PLACES
         and all(w > p for w, p in zip(window, places, strict=True))
     )
@@ -133,10 +164,6 @@ def as_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.A
     total = lax.fori_loop(0, len(lhs), add, total).reshape(-1, *places, lhs.shape[-1])  # (output, *places, batch)
     total = total.astype(params["preferred_element_type"] or lhs.dtype)
     return lax.transpose(total, _inverse((out[1], *out[2:], out[0])))
-
-
-def _operands(eqn: JaxprEqn) -> list[Any]:
-    return [v.aval for v in (*eqn.invars, *eqn.outvars)]
 
 
 def _last_channels(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

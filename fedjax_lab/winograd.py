@@ -74,38 +74,38 @@ class Axis(NamedTuple):
 
 
 def fits(channels: int, features: int, taps: Sequence[int], params: dict[str, Any]) -> bool:
-    """Is it a plain convolution of images, wide enough to pay off, whose precision is left to the machine?"""
-    ones = (*params["window_strides"], *params["lhs_dilation"], *params["rhs_dilation"])
+    """Of plain convolutions of images: is it wide enough to pay off, and its precision left to the machine?"""
     return (
-        len(taps) == 2
-        and all(n in TAPS for n in taps)
+        all(n in TAPS for n in taps)
         and FEWEST_CHANNELS <= channels <= features
-        and all(n == 1 for n in (*ones, params["feature_group_count"], params["batch_group_count"]))
-        and all(0 <= low < n and 0 <= high < n for n, (low, high) in zip(taps, params["padding"], strict=True))
         and params["precision"] in (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
-        and params["preferred_element_type"] in (None, jnp.float32)
     )
 
 
-def convolution(images: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+def convolution(images: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike) -> jax.Array:
     """A convolution of ``[batch, height, width, channels]`` with ``[taps, taps, channels, features]``."""
     out = _places(images.shape, kernel.shape, padding)
     axes = [tiling(places, taps) for places, taps in zip(out, kernel.shape, strict=False)]
     seen, filters = _seen(images, padding, axes), _filters(kernel, axes)
-    products = [[jnp.dot(a, b) for a, b in zip(*row, strict=True)] for row in zip(seen, filters, strict=True)]
+    products = [
+        [jnp.dot(a, b, precision=precision) for a, b in zip(*row, strict=True)]
+        for row in zip(seen, filters, strict=True)
+    ]
     tiles = _transformed([axis.filtering.a for axis in axes], products)
     shape = (len(images), *(axis.count for axis in axes), kernel.shape[-1])
     whole = _side_by_side([[tile.reshape(shape) for tile in row] for row in tiles])
     return whole[:, : out[0], : out[1]]
 
 
-def kernel_gradient(images: jax.Array, cotangent: jax.Array, padding: Padding) -> jax.Array:
+def kernel_gradient(
+    images: jax.Array, cotangent: jax.Array, padding: Padding, precision: lax.PrecisionLike
+) -> jax.Array:
     """``[taps, taps, channels, features]``, of a convolution's images and its outputs' cotangent (all NHWC)."""
     out = cotangent.shape[1:3]
     sizes = [n + low + high for n, (low, high) in zip(images.shape[1:3], padding, strict=True)]
     axes = [tiling(places, size - places + 1) for places, size in zip(out, sizes, strict=True)]
     seen, given = _seen(images, padding, axes), _given(cotangent, axes)
-    by_examples = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+    by_examples = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision)
     products = [by_examples(a, b) for row in zip(seen, given, strict=True) for a, b in zip(*row, strict=True)]
     gradient = _product(_of_filters(axes).T, jnp.stack(products))
     return gradient.reshape(axes[0].taps, axes[1].taps, *gradient.shape[1:])
@@ -151,7 +151,7 @@ def _seen(images: jax.Array, padding: Padding, axes: Sequence[Axis]) -> Grid:
     ends = [
         axis.size + axis.taps - 1 - n - low for axis, n, (low, _) in zip(axes, images.shape[1:3], padding, strict=True)
     ]
-    images = _padded(images, [(low, end) for (low, _), end in zip(padding, ends, strict=True)])
+    images = padded(images, [(low, end) for (low, _), end in zip(padding, ends, strict=True)])
     grid = _pieces(images, axes, [axis.inputs for axis in axes])
     return _as_rows(_transformed([axis.filtering.b for axis in axes], grid))
 
@@ -159,7 +159,7 @@ def _seen(images: jax.Array, padding: Padding, axes: Sequence[Axis]) -> Grid:
 def _given(cotangent: jax.Array, axes: Sequence[Axis]) -> Grid:
     """What each tile of outputs gives, transformed: for each place ``[tiles, features]``."""
     short = [axis.size - n for axis, n in zip(axes, cotangent.shape[1:3], strict=True)]
-    grid = _pieces(_padded(cotangent, [(0, more) for more in short]), axes, [axis.outputs for axis in axes])
+    grid = _pieces(padded(cotangent, [(0, more) for more in short]), axes, [axis.outputs for axis in axes])
     return _as_rows(_transformed([axis.filtering.a.T for axis in axes], grid))
 
 
@@ -206,7 +206,7 @@ def _as_rows(grid: Grid) -> Grid:
     return [[x.reshape(-1, x.shape[-1]) for x in row] for row in grid]
 
 
-def _padded(x: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
+def padded(x: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in space), (0, 0, 0)])
 
 

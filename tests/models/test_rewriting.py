@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import core, lax
 
-from fedjax_lab import rewriting, winograd
+from fedjax_lab import banded, rewriting, winograd
 
 
 def before_and_after(function, *arguments):
@@ -56,6 +56,26 @@ def test_wide_convolutions_take_fewer_multiplications(layout, size, taps, paddin
     assert text.count("conv_general_dilated[") == 1, "the gradient of the images, to fewer channels, is left"
     for a, b in zip(was, now, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * np.abs(a).max())
+
+
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")], ids=lambda layout: layout[0])
+@pytest.mark.parametrize("padding", ["VALID", "SAME", [(1, 2), (0, 1)]], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "features", "taps"), [(1, 6, (5, 5)), (6, 16, (3, 5)), (3, 24, (5, 3))], ids=["one", "six", "colours"]
+)
+def test_convolutions_between_few_channels_are_products(channels, features, taps, padding, layout, monkeypatch):
+    monkeypatch.setattr(banded, "LEAST_WORK", 0)
+    x = jax.random.normal(jax.random.key(0), (4, 7, 15, channels))
+    w = jax.random.normal(jax.random.key(1), (*taps, channels, features))
+    if layout[0] == "NCHW":
+        x, w = x.transpose(0, 3, 1, 2), w.transpose(3, 2, 0, 1)
+    conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=layout)
+    both = lambda x, w: (conv(x, w), *jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2), (0, 1))(x, w))
+    was, now, text = before_and_after(both, x, w)
+    # Left are the kernel's gradient of several channels, and that of the inputs of 24 features where windows stick out by half.
+    assert text.count("conv_general_dilated[") == (channels > 1) + (features == 24 and padding == "SAME")
+    for a, b in zip(was, now, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max())
 
 
 @pytest.mark.parametrize(
