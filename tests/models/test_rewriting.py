@@ -72,7 +72,7 @@ def test_convolutions_between_few_channels_are_products(channels, features, taps
     conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=layout)
     both = lambda x, w: (conv(x, w), *jax.grad(lambda x, w: jnp.sum(conv(x, w) ** 2), (0, 1))(x, w))
     was, now, text = before_and_after(both, x, w)
-    # Left are the kernel's gradient of several channels, and that of the inputs of 24 features where windows stick out by half.
+    # Left are the kernel's gradient of several channels, and the inputs' of 24 features with less than full padding.
     assert text.count("conv_general_dilated[") == (channels > 1) + (features == 24 and padding == "SAME")
     for a, b in zip(was, now, strict=True):
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-6 * np.abs(a).max())
