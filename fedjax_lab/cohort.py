@@ -22,7 +22,7 @@ from fedjax_lab.lanes import Plan, choose, plan, plan_own, side_by_side
 from fedjax_lab.program import Program, trace
 from fedjax_lab.round import Env, Round
 from fedjax_lab.sharding import clients_each
-from fedjax_lab.states import ClientStates, exchange, gather, padded, rows, scatter
+from fedjax_lab.states import ClientStates, are_large, exchange, gather, padded, rows, scatter, zero_unless
 from fedjax_lab.turn import Turn, client_turn
 
 PyTree = Any
@@ -207,17 +207,23 @@ def _on_device(
     slots = schedule.slots.reshape(-1)
     ids = env.ids.at[slots].get(mode="fill", fill_value=population)
     present = env.present.at[slots].get(mode="fill", fill_value=False)
-    states, known = gather(clients, ids, axis, apart)
-    entries = jax.tree.map(lambda x: x.reshape(chunks, lanes, *x.shape[1:]), (ids, present, states, known))
+    runs = None if axis is None or apart else jnp.repeat(schedule.device, lanes)
+    by_chunk = lambda x: x.reshape(chunks, lanes, *x.shape[1:])
 
-    def run(chunk):
-        return _summed(round, side_by_side(turn, lanes)(*chunk))
+    def run(ids, present, states, known):
+        return _summed(round, side_by_side(turn, lanes)(ids, present, states, known))
 
-    if chunks == 1 and axis is None:
-        sums, turns = run(jax.tree.map(lambda x: x[0], entries))
+    if axis is not None:
+        states, known = gather(clients, ids, axis, runs)
+        mine = schedule.device == jax.lax.axis_index(axis)
+        sums, turns = _own_chunks(run, jax.tree.map(by_chunk, (ids, present)), states, by_chunk(known), mine)
+    elif are_large(clients):  # each read when its chunk is
+        fetched = lambda ids, present: run(ids, present, *gather(clients, ids))
+        sums, turns = _chunk_by_chunk(fetched, jax.tree.map(by_chunk, (ids, present)))
     else:
-        sums, turns = _chunk_by_chunk(run, entries, schedule.device, axis)
-        turns = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), turns)
+        entries = jax.tree.map(by_chunk, (ids, present, *gather(clients, ids)))
+        sums, turns = _chunk_by_chunk(run, entries)
+    turns = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), turns)
     new, alive = turns.state, turns.alive
     turns = turns._replace(state=())
     if chunks > 1 or apart:  # back into the cohort's order; client states go to their rows from where they are
@@ -225,28 +231,57 @@ def _on_device(
         turns = jax.tree.map(lambda x: rows(x, jnp.maximum(seat, 0), seat >= 0 if apart else None), turns)
     if axis is not None and apart:  # a device holds the rows of its own clients
         sums, turns = exchange((sums, turns), axis)
+    elif axis is not None and are_large(clients):
+        sums, turns, alive = exchange((sums, turns, alive), axis)
     elif axis is not None:
+        ran = runs == jax.lax.axis_index(axis)
+        new = jax.tree.map(lambda x: zero_unless(ran, x), new)
         sums, turns, new, alive = exchange((sums, turns, new, alive), axis)
-    return sums, turns, scatter(clients, ids, alive, new, axis)
+        runs = None
+    return sums, turns, scatter(clients, ids, alive, new, axis, runs)
 
 
-def _chunk_by_chunk(run: Callable, entries: PyTree, device: jax.Array, axis: str | None):
-    """Scan over the chunks; those of other devices cost nothing here and give zeros."""
-    shapes = jax.eval_shape(run, jax.tree.map(lambda x: x[0], entries))
-    zeros, no_turns = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+def _chunk_by_chunk(run: Callable, entries: tuple) -> tuple[PyTree, Turn]:
+    """The chunks one after the other: sums, and turns ``[chunks, lanes, ...]``."""
+    first = jax.tree.map(lambda x: x[0], entries)
+    if len(jax.tree.leaves(entries)[0]) == 1:
+        sums, turns = run(*first)
+        return sums, jax.tree.map(lambda x: x[None], turns)
 
     def add(sums, chunk):
-        new, turns = run(chunk)
+        new, turns = run(*chunk)
         return jax.tree.map(jnp.add, sums, new), turns
 
-    def step(sums, entry):
-        chunk, owner = entry
-        if axis is None:
-            return add(sums, chunk)
-        mine = owner == jax.lax.axis_index(axis)
-        return jax.lax.cond(mine, add, lambda sums, chunk: (sums, no_turns), sums, chunk)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, *first)[0])
+    return jax.lax.scan(add, zeros, entries)
 
-    return jax.lax.scan(step, zeros, (entries, device))
+
+def _own_chunks(run: Callable, facts: tuple, states: PyTree, known: jax.Array, mine: jax.Array) -> tuple[PyTree, Turn]:
+    """The same of a device that runs some chunks, ``mine: bool[chunks]``, where the others' turns are zeros.
+
+    ``states``, leaves ``[chunks * lanes, ...]``, make room for those that follow them; the others' are of no use.
+    """
+    lanes = known.shape[1]
+    # Not as [chunks, lanes, ...]: for one lane XLA would copy them all into another layout of the same.
+    held = lambda states, chunk: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, chunk * lanes, lanes), states)
+    at = lambda chunk: jax.tree.map(lambda x: x[chunk], facts)
+    first = jax.eval_shape(lambda: run(*at(0), held(states, 0), known[0]))
+    sums, turns = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first[0], first[1]._replace(state=())))
+    turns = jax.tree.map(lambda x: jnp.zeros((len(mine), *x.shape), x.dtype), turns)
+    own = jnp.argsort(~mine, stable=True)
+
+    def step(t, carry):
+        sums, turns, states = carry
+        chunk = own[t]
+        new, out = run(*at(chunk), held(states, chunk), known[chunk])
+        put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, chunk, 0)
+        turns = jax.tree.map(put, turns, out._replace(state=()))
+        keep = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), chunk * lanes, 0)
+        return jax.tree.map(jnp.add, sums, new), turns, jax.tree.map(keep, states, out.state)
+
+    sums, turns, states = jax.lax.fori_loop(0, jnp.sum(mine), step, (sums, turns, states))
+    by_lane = lambda x: x.reshape(len(mine), lanes, *x.shape[1:])
+    return sums, turns._replace(state=jax.tree.map(by_lane, states))
 
 
 def _summed(round: Round, outputs):

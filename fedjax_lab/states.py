@@ -55,33 +55,87 @@ def of_population(clients: ClientStates, num_clients: int) -> ClientStates:
 
 
 def gather(
-    clients: ClientStates, ids: jax.Array, axis: str | None = None, own: bool = False
+    clients: ClientStates, ids: jax.Array, axis: str | None = None, runs: jax.Array | None = None
 ) -> tuple[PyTree, jax.Array]:
     """The states of the clients ``ids: int32[n]`` and which of them are known, ``bool[n]``.
 
-    With ``axis``, a mesh axis inside ``shard_map``, each device holds its own block of the table's rows and
-    every device gets all of the ``n``; or, with ``own``, each asks only for clients whose rows it holds.
+    With ``axis``, a mesh axis inside ``shard_map``, each device holds its own block of the table's rows, and gets
+    those of the clients that it ``runs``, ``int32[n]`` of devices; without that, it asks for rows of its own only.
     """
     if not jax.tree.leaves(clients.table):
         return clients.table, jnp.ones(ids.shape, bool)
     seats, here = _seats(clients, ids, axis)
     seats, held = jnp.where(here, seats, 0), (clients.table, clients.known)
-    if axis is None or own:
+    if axis is None or runs is None:
         return jax.tree.map(lambda t: rows(t, seats), held)
-    return exchange(jax.tree.map(lambda t: rows(t, seats, here), held), axis)
+    if not are_large(clients):
+        return exchange(jax.tree.map(lambda t: rows(t, seats, here), held), axis)
+    mine = runs == jax.lax.axis_index(axis)
+    found = jax.tree.map(lambda t: rows(t, seats, here & mine), held)
+    asked, count = _elsewhere(clients, ids, runs)
+
+    def send(k, found):
+        i = asked[k]
+        row = exchange(jax.tree.map(lambda t: _row(t, seats[i], here[i]), held), axis)
+        return jax.tree.map(lambda x, new: _put(x, i, new, mine[i]), found, row)
+
+    return jax.lax.fori_loop(0, count, send, found)
 
 
 def scatter(
-    clients: ClientStates, ids: jax.Array, alive: jax.Array, states: PyTree, axis: str | None = None
+    clients: ClientStates,
+    ids: jax.Array,
+    alive: jax.Array,
+    states: PyTree,
+    axis: str | None = None,
+    runs: jax.Array | None = None,
 ) -> ClientStates:
-    """Write the survivors' states; every other row keeps its bits."""
+    """Write the survivors' states; every other row keeps its bits.
+
+    With ``runs``, as for :func:`gather`, each device has the states of the clients that it ran.
+    """
     if not jax.tree.leaves(clients.table):
         return clients
     seats, here = _seats(clients, ids, axis)
-    target = jnp.where(alive & here, seats, clients.known.shape[0])
+    mine = here if runs is None or axis is None else here & (runs == jax.lax.axis_index(axis))
+    end = clients.known.shape[0]
+    target = jnp.where(alive & mine, seats, end)
     put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
-    known = clients.known.at[target].set(True, mode="drop")
-    return clients._replace(table=jax.tree.map(put, clients.table, states), known=known)
+    known = clients.known.at[jnp.where(alive & here, seats, end)].set(True, mode="drop")
+    table = jax.tree.map(put, clients.table, states)
+    if axis is None or runs is None:
+        return clients._replace(table=table, known=known)
+    asked, count = _elsewhere(clients, ids, runs)
+
+    def send(k, table):
+        i = asked[k]
+        row = exchange(jax.tree.map(lambda x: _row(x, i, runs[i] == jax.lax.axis_index(axis)), states), axis)
+        return jax.tree.map(
+            lambda t, new: _put(t, jnp.where(here[i], seats[i], 0), new, alive[i] & here[i]), table, row
+        )
+
+    return clients._replace(table=jax.lax.fori_loop(0, count, send, table), known=known)
+
+
+def are_large(clients: ClientStates) -> bool:
+    """Is a client's state so large that it is better moved by itself?"""
+    sizes = [x.size // x.shape[0] * x.dtype.itemsize for x in jax.tree.leaves(clients.table)]
+    return sum(sizes) >= LARGE_ROW
+
+
+def _elsewhere(clients: ClientStates, ids: jax.Array, runs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Clients that another device runs than the one that has their row: places in ``ids``, and how many."""
+    moves = ids // clients.known.shape[0] != runs
+    return jnp.argsort(~moves, stable=True), jnp.sum(moves)
+
+
+def _row(x: jax.Array, i: jax.Array, keep: jax.Array) -> jax.Array:
+    return zero_unless(keep[None], jax.lax.dynamic_index_in_dim(x, i))[0]
+
+
+def _put(x: jax.Array, i: jax.Array, row: jax.Array, where: jax.Array) -> jax.Array:
+    old = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(x, jnp.where(where, row.astype(x.dtype), old), i, 0)
 
 
 def _seats(clients: ClientStates, ids: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import fedjax_lab as fl
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
+from fedjax_lab import states
 from tests.problems import softmax_data, softmax_model
 
 MODEL = softmax_model()
@@ -77,3 +78,6 @@ if __name__ == "__main__":
     for name, round in cases():
         for devices in (2, 4, 8) if name == "fedavg" else (4,):
             print(json.dumps({"case": name, "devices": devices, **compare(round, data, devices, rounds)}), flush=True)
+    states.LARGE_ROW = 0  # from one device to another one by one
+    alone = compare(dict(cases())["client_state"], data, 4, rounds)
+    print(json.dumps({"case": "large_state", "devices": 4, **alone}), flush=True)

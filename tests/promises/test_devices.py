@@ -33,7 +33,7 @@ def results():
     return {(row["case"], row["devices"]): row for row in rows}
 
 
-@pytest.mark.parametrize("case", ["fedavg", "client_state", "server_state", "median"])
+@pytest.mark.parametrize("case", ["fedavg", "client_state", "large_state", "server_state", "median"])
 def test_devices_agree(results, case):
     """Cohorts of 7 or 8 of 9 clients, one of them empty: 9 is a multiple of no number of devices."""
     mine = {devices: row for (name, devices), row in results.items() if name == case}
