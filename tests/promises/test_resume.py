@@ -1,5 +1,6 @@
 """promises.md, rows 1 to 4 and 6: runs survive being killed, damaged checkpoints harm nothing."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -92,13 +93,16 @@ def kill_once(start, out, cache, rng):
     before = newest(out)
     pid, alive, join = start(out, cache)
     deadline = time.monotonic() + 120
-    while newest(out) in (None, before):
-        assert alive() and time.monotonic() < deadline, "the session ended or hung before a checkpoint"
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 0.4))
-    assert alive(), "the session ended before it was killed: ROUNDS is too small"
-    os.kill(pid, signal.SIGKILL)
-    join()
+    try:
+        while newest(out) in (None, before):
+            assert alive() and time.monotonic() < deadline, "the session ended or hung before a checkpoint"
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        assert alive(), "the session ended before it was killed: ROUNDS is too small"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        join()
 
 
 def survives_kills(build, start, kills, tmp_path, seed):

@@ -105,9 +105,13 @@ def test_the_engine_agrees_with_the_slow_twin(name):
 
 
 FAST = ("fedavg_adam_kept", "fedadam", "scaffold")
+KEEP_SOME = ("lag_wk", "lag_ps", "cmfl")  # clients may keep an upload, of 13 bytes, to themselves
+MOVING = ("federated_dropout",)  # what error feedback remembers belongs to other entries in the next round
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ALGORITHMS])
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in ALGORITHMS if n not in MOVING]
+)
 def test_every_algorithm_goes_through_the_wire(name):
     """Rounds scanned in one program: finite, and all uploads of the length that the links have."""
     link = wire.chain(wire.error_feedback(wire.top_k(0.2)), wire.quantize(8))
@@ -117,7 +121,7 @@ def test_every_algorithm_goes_through_the_wire(name):
     state, metrics = jax.jit(lambda s: jax.lax.scan(body, s, length=3))(process.init(jax.random.key(0)))
     assert np.isfinite(metrics["loss"]).all()
     sizes = {fl.total_bytes(b) for b in np.asarray(metrics["uplink_bytes"])}
-    assert len(sizes) == 1
+    assert sizes <= {13 * n for n in range(6)} if name in KEEP_SOME else len(sizes) == 1
     assert all(np.isfinite(x).all() for x in map(np.asarray, jax.tree.leaves(process.params(state))))
 
 
