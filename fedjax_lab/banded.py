@@ -1,7 +1,7 @@
 """Convolutions between few channels, as products with a banded matrix.
 
 A row of an image, cut into tiles of some outputs, times a matrix that holds the filter once for each output, shifted by
-a place, gives the tile's outputs for all features at once. Most of the matrix is zeros, so that there are two or three
+a place, gives the tile's outputs for all features at once. Most of the matrix is zeros, so that there are two to four
 times as many multiplications; but they are those of one matrix product, and little is copied for it, where XLA's CPU
 kernels copy each window and multiply by few features (5x5, one channel to six, 64 images of 28 places: 2.3 -> .32 ms
 on one core, the kernel's gradient 1.2 -> .39). The adjoint computes what inputs give to outputs, and is the better one
@@ -19,10 +19,11 @@ from jax import lax
 
 from fedjax_lab.winograd import Padding, padded
 
-# Where it was the faster one, of 1 to 20 channels to 6 to 64 features, with 3 and 5 taps, one core and jax 0.10.
+# Where it was the faster one or even, of 1 to 20 channels to 6 to 64 features, with 3 and 5 taps, one core, jax 0.10.
 FEW_CHANNELS, FEW_FEATURES, ODD_CHANNELS, MORE_FEATURES = 7, 16, (3, 5), 32
-# The other way: from many to few, where the window may stick out by more than half, or from not so many.
-FEWEST_FEATURES, SOME_CHANNELS, WIDEST = 8, 16, 16
+# The other way: from many to few, where the window may stick out by more than half, or from not so many; of rows that
+# take at most so many times the multiplications (16 places: .60 of the time with 5 taps, but 1.58 with 3).
+VERY_FEW_FEATURES, SOME_CHANNELS, MOST_TIMES = 8, 16, 4
 # Multiplications that pay for the copies.
 LEAST_WORK = 5e5
 # Places of a tile: a matrix of some 48 places and channels is large enough, and has few zeros.
@@ -39,11 +40,11 @@ def gathers(channels: int, features: int) -> bool:
 def spreads(width: int, channels: int, features: int, taps: Sequence[int], padding: Padding) -> bool:
     """Is it from more channels to few features, of images that are not wide?"""
     sticks_out = all(low + high >= n for n, (low, high) in zip(taps, padding, strict=True))
-    few = features <= FEWEST_FEATURES and features < channels
-    return few and width <= WIDEST and (sticks_out or channels <= SOME_CHANNELS)
+    few = features <= VERY_FEW_FEATURES and features < channels
+    return few and width + taps[1] - 1 <= MOST_TIMES * taps[1] and (sticks_out or channels <= SOME_CHANNELS)
 
 
-def gather(images: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike = None) -> jax.Array:
+def gather(images: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike) -> jax.Array:
     """A convolution of ``[batch, height, width, channels]`` with ``[taps, taps, channels, features]``."""
     tall, wide, channels, features = kernel.shape
     height, width = (n + sum(p) - k + 1 for n, p, k in zip(images.shape[1:3], padding, kernel.shape, strict=False))
@@ -53,7 +54,7 @@ def gather(images: jax.Array, kernel: jax.Array, padding: Padding, precision: la
     return given.reshape(len(images), height, -1, features)[:, :, :width]
 
 
-def spread(images: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike = None) -> jax.Array:
+def spread(images: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike) -> jax.Array:
     """The same, by what each row of inputs gives to the rows of outputs around it."""
     batch, height, width, _ = images.shape
     tall, wide, _, features = kernel.shape
@@ -72,7 +73,7 @@ def spread(images: jax.Array, kernel: jax.Array, padding: Padding, precision: la
 
 
 def kernel_gradient(
-    images: jax.Array, cotangent: jax.Array, padding: Padding, precision: lax.PrecisionLike = None
+    images: jax.Array, cotangent: jax.Array, padding: Padding, precision: lax.PrecisionLike
 ) -> jax.Array:
     """``[taps, taps, channels, features]``, of a convolution's images and its outputs' cotangent (all NHWC)."""
     channels, (_, height, width, features) = images.shape[-1], cotangent.shape

@@ -109,10 +109,9 @@ def scatter(
 
     def send(k, table):
         i = asked[k]
-        row = exchange(jax.tree.map(lambda x: _row(x, i, runs[i] == jax.lax.axis_index(axis)), states), axis)
-        return jax.tree.map(
-            lambda t, new: _put(t, jnp.where(here[i], seats[i], 0), new, alive[i] & here[i]), table, row
-        )
+        ran, kept = runs[i] == jax.lax.axis_index(axis), alive[i] & here[i]
+        row = exchange(jax.tree.map(lambda x: _row(x, i, ran), states), axis)
+        return jax.tree.map(lambda t, new: _put(t, jnp.where(kept, seats[i], 0), new, kept), table, row)
 
     return clients._replace(table=jax.lax.fori_loop(0, count, send, table), known=known)
 

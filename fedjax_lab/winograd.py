@@ -207,6 +207,7 @@ def _as_rows(grid: Grid) -> Grid:
 
 
 def padded(x: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
+    """``[batch, height, width, channels]`` with so many zeros before and after the height and the width."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in space), (0, 0, 0)])
 
 

@@ -61,7 +61,7 @@ def test_wide_convolutions_take_fewer_multiplications(layout, size, taps, paddin
 @pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")], ids=lambda layout: layout[0])
 @pytest.mark.parametrize("padding", ["VALID", "SAME", [(1, 2), (0, 1)]], ids=str)
 @pytest.mark.parametrize(
-    ("channels", "features", "taps"), [(1, 6, (5, 5)), (6, 16, (3, 5)), (3, 24, (5, 3))], ids=["one", "six", "colours"]
+    ("channels", "features", "taps"), [(1, 6, (5, 5)), (6, 16, (3, 5)), (3, 24, (5, 5))], ids=["one", "six", "colours"]
 )
 def test_convolutions_between_few_channels_are_products(channels, features, taps, padding, layout, monkeypatch):
     monkeypatch.setattr(banded, "LEAST_WORK", 0)

@@ -1,6 +1,5 @@
 """promises.md, rows 1 to 4 and 6: runs survive being killed, damaged checkpoints harm nothing."""
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -100,7 +99,7 @@ def kill_once(start, out, cache, rng):
         time.sleep(rng.uniform(0, 0.4))
         assert alive(), "the session ended before it was killed: ROUNDS is too small"
     finally:
-        with contextlib.suppress(ProcessLookupError):
+        if alive():
             os.kill(pid, signal.SIGKILL)
         join()
 
