@@ -1,6 +1,10 @@
-"""Asserting that a program is compiled once, by what JAX reports and not by a cache that may be emptied."""
+"""Asserting that a program is compiled once, by what JAX reports and not by a cache that may be emptied.
+
+And the environment of a process that compiles as this one does, with CPU devices of its own number.
+"""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from tests.refusals import COMPILED
@@ -12,3 +16,12 @@ def compiled_once(program: str = "jit(step)") -> Iterator[None]:
     begin = len(COMPILED)
     yield
     assert COMPILED[begin:].count(program) == 1, COMPILED[begin:]
+
+
+def environment(devices: int | None = None) -> dict[str, str]:
+    """This process's, with a CPU of ``devices`` devices, or of as many as the program itself asks for."""
+    count = "--xla_force_host_platform_device_count"
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(count)]
+    if devices is not None:
+        flags.append(f"{count}={devices}")
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}

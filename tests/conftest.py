@@ -3,6 +3,8 @@
 import gc
 import os
 import pathlib
+import subprocess
+import sys
 
 import hypothesis
 import jax
@@ -14,6 +16,8 @@ if _SHARED.is_dir():
 
 MOST_BYTES = 2e9
 QUICKLY = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+# XLA's older emitters of CPU code take half the time to compile; jaxlib 0.12 is without them.
+OLDER_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The first example of a property test compiles, which no time limit for one example allows for.
 hypothesis.settings.register_profile("compiling", deadline=None)
@@ -30,6 +34,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if QUICKLY not in os.environ:
         os.environ[QUICKLY] = "1"
         jax.config.update(QUICKLY.lower(), True)
+        if _knows(OLDER_EMITTERS):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLDER_EMITTERS}".strip()
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or getattr(config, "cache", None) is None:
         return
     settings = {
@@ -40,6 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+
+
+def _knows(flag: str) -> bool:
+    """Whether XLA has this flag: it ends a process that is started with another one."""
+    asked = [sys.executable, "-c", "import jax; jax.devices()"]
+    return not subprocess.run(asked, env=os.environ | {"XLA_FLAGS": flag}, capture_output=True, check=False).returncode
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Promise 5: the number of devices doesn't change results."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from fedjax_lab import states
+from tests.compiling import environment
 from tests.problems import assert_close, softmax_data, softmax_model
 from tests.refusals import refused
 
@@ -23,10 +23,9 @@ DATA = softmax_data()
 @pytest.fixture(scope="module")
 def results():
     """``{(case, devices): differences}`` from a process with eight CPU devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.promises.mesh_program", "100"],
-        capture_output=True, text=True, env=environment, check=False, timeout=500,
+        capture_output=True, text=True, env=environment(8), check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]

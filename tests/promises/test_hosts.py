@@ -1,7 +1,6 @@
 """Promise 5, its second half: two processes give one process's result, and say when one of them is lost."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.compiling import environment
 from tests.promises.hosts_program import result
 
 
@@ -18,11 +18,10 @@ def start(case: str, *arguments: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.promises.hosts_program", port, str(index), case, *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
         )
         for index in range(2)
     ]  # fmt: skip
