@@ -11,6 +11,7 @@ from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.descent import goes_downhill
 from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.ordering import large_ones_last
 from fedjax_lab.round import LocalTraining, Oracle, Tilt, Trained, identity
 
 PyTree = Any
@@ -140,7 +141,7 @@ def local_training(
             variables, opt_state, loss, seen = carry
             inputs = (variables.model_state, batch, mask)
             grads, (value, model_state) = objective(variables.params, inputs, step_key)
-            updates, opt_state = rule.update(grads, opt_state, variables.params, value=value)
+            updates, opt_state = rule.update(large_ones_last(grads), opt_state, variables.params, value=value)
             params = optax.apply_updates(variables.params, updates)
             count = client.size if pieces else jnp.sum(mask)
             return Variables(params, model_state), opt_state, loss + value * count, seen + count
