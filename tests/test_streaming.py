@@ -66,6 +66,16 @@ def both(make, sampler, data, rounds, lanes=2):
     return out
 
 
+@pytest.fixture
+def optimized():
+    """Programs as users have them: compiled quickly, two of the same arithmetic may round differently."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("make", "sampler"),
     [
@@ -84,6 +94,7 @@ def test_the_same_bits_as_synchronous(make, sampler):
             np.testing.assert_array_equal(x[name], y[name])
 
 
+@pytest.mark.usefixtures("optimized")
 def test_a_stored_data_set_is_streamed_by_synchronous_and_run(tmp_path):
     data = softmax_data()
     there = fl.FederatedData.open(data.save(tmp_path / "set"))
@@ -196,6 +207,7 @@ def test_what_can_not_be_streamed_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_two_hundred_thousand_clients_with_state(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {"x": rng.normal(size=(2_000_000, 4)).astype(np.float32), "y": rng.integers(0, 3, 2_000_000)}
