@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_lab import checks, data_checks
+from fedjax_lab import checks, data_checks, devices
 from fedjax_lab.client import ClientData
 from fedjax_lab.description import Description, best_tile
 
@@ -339,7 +339,7 @@ class FederatedData:
 
     def on_device(self) -> "FederatedData":
         """The same data with every leaf a JAX array."""
-        return jax.tree.map(jnp.asarray, self)
+        return jax.tree.map(devices.put, self)
 
     def _compact_starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)[:-1]])

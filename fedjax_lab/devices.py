@@ -4,11 +4,13 @@ import functools
 import os
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import checks
@@ -128,6 +130,33 @@ def checked(given: Mesh | None) -> Mesh | None:
             f'the mesh has the axes {given.axis_names} and lacks "{AXIS}", which clients are shared out along'
         )
     return Mesh(given.devices, given.axis_names, axis_types=(AxisType.Auto,) * len(given.axis_names))
+
+
+def put(leaf: Any, sharding: Sharding | None = None) -> jax.Array:
+    """An array of data as a JAX array, on the default device or as ``sharding`` says.
+
+    A CPU's devices can read the same memory: NumPy's arrays are copied once for all of them, to where JAX takes them
+    over as they are. NumPy asks the system for large pages, on which rows from here and there are found faster. Never
+    the caller's own memory.
+    """
+    here = jax.default_backend() == "cpu"
+    if isinstance(leaf, jax.Array):
+        key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+        if sharding is not None and here and not isinstance(leaf, Tracer) and not key:
+            leaf = np.asarray(leaf)
+    else:
+        leaf = _aligned(leaf) if here and isinstance(leaf, np.ndarray) else jnp.asarray(leaf)
+    return leaf if sharding is None and isinstance(leaf, jax.Array) else jax.device_put(leaf, sharding)
+
+
+def _aligned(leaf: np.ndarray) -> np.ndarray:
+    """A copy in JAX's own type that begins at a multiple of 64 bytes."""
+    dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    memory = np.empty(leaf.size * dtype.itemsize + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    out = memory[begin : begin + leaf.size * dtype.itemsize].view(dtype).reshape(leaf.shape)
+    out[...] = leaf
+    return out
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -20,7 +20,8 @@ def require(
     """Refuse a run whose arrays alone are larger than the memory there is.
 
     The estimate is a lower bound: the examples, the population's client states, those of a cohort, the server's
-    state and one copy of it for each device. Activations and gradients come on top.
+    state and one copy of it for each device. A CPU's devices read the same examples. Activations and gradients come on
+    top.
 
     Args:
       data: the examples' arrays, or their shapes.
@@ -41,9 +42,9 @@ def require(
     population = max((x.shape[0] for x in jax.tree.leaves(clients)), default=0)
     ours = states * cohort // max(population, 1)
     copies = count if shared else 1
-    needed = copies * (examples + 2 * model + 2 * ours) + (states if shared else states // count)
+    needed = examples + copies * (2 * model + 2 * ours) + (states if shared else states // count)
     if needed > most:
-        parts = {"examples": copies * examples, "client states": states, "a cohort's states": 2 * copies * ours}
+        parts = {"examples": examples, "client states": states, "a cohort's states": 2 * copies * ours}
         parts["the server's state"] = 2 * copies * model
         told = ", ".join(f"{_gigabytes(n)} {what}" for what, n in parts.items())
         raise TooLittleMemory(

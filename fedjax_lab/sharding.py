@@ -35,7 +35,8 @@ def placed(data: FederatedData, mesh: Mesh | None) -> Placed:
     if mesh is None:
         return Placed(data.on_device(), P(), False)
     if not hosts.several():
-        return Placed(jax.device_put(data.on_device(), devices.replicated(mesh)), P(), False)
+        whole = devices.replicated(mesh)
+        return Placed(jax.tree.map(lambda leaf: devices.put(leaf, whole), data), P(), False)
     return _apart(data, mesh)
 
 

@@ -2,10 +2,12 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
 import fedjax_lab as fl
+from fedjax_lab import devices
 from fedjax_lab.description import best_tile
 
 RNG = np.random.default_rng(0)
@@ -83,6 +85,18 @@ def test_one_large_client_does_not_set_the_tile():
 
 def bad(**fields):
     return {"ok": {"x": np.zeros((2, 2))}, "sick": fields}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64, np.uint8, bool])
+@pytest.mark.parametrize("rows", [0, 5, 2_000_000])
+def test_data_on_a_device_are_a_copy_in_jaxs_types(dtype, rows):
+    x = (np.arange(rows) % 7).astype(dtype)
+    there = devices.put(x)
+    expected = x.astype(jax.dtypes.canonicalize_dtype(dtype))
+    assert there.dtype == expected.dtype
+    x[:] = 0
+    np.testing.assert_array_equal(there, expected)
+    assert devices.put(there) is there
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ def test_the_estimate_by_hand():
     """1 MB of examples, 1,000 clients with 4 kB each, a server of 8 kB, cohorts of 10."""
     data, clients = SHAPE((250_000,), jnp.float32), SHAPE((1000, 1000), jnp.float32)
     server = SHAPE((2000,), jnp.float32)
-    one = 1_000_000 + 2 * 8_000 + 2 * 40_000
-    for count, shared, needed in ((1, True, one + 4_000_000), (4, True, 4 * one + 4_000_000), (4, False, one + 10**6)):
+    rows, each, states = 1_000_000, 2 * 8_000 + 2 * 40_000, 4_000_000
+    cases = (1, True, rows + each + states), (4, True, rows + 4 * each + states), (4, False, rows + each + 10**6)
+    for count, shared, needed in cases:
         memory.require(data, clients, server, 10, count, shared=shared, most=needed)
         with pytest.raises(memory.TooLittleMemory, match=f"{needed / 1e6:.1f} MB of memory"):
             memory.require(data, clients, server, 10, count, shared=shared, most=needed - 1)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import fedjax_lab as fl
 from algorithms.fedadam import fedadam
 from algorithms.fedavg import fedavg
-from fedjax_lab import states
+from fedjax_lab import sharding, states
 from tests.problems import softmax_data, softmax_model
 
 MODEL = softmax_model()
@@ -45,9 +45,9 @@ def difference(a, b) -> float:
     return max((float(np.max(np.abs(np.asarray(x, float) - np.asarray(y, float)))) for x, y in leaves), default=0.0)
 
 
-def compare(round, data, devices: int, rounds: int) -> dict:
-    one = fl.synchronous(round, data, fl.uniform(max(7, devices)))
-    many = fl.synchronous(round, data, fl.uniform(max(7, devices)), mesh=fl.devices.mesh(devices))
+def compare(round, data, count: int, rounds: int) -> dict:
+    one = fl.synchronous(round, data, fl.uniform(max(7, count)))
+    many = fl.synchronous(round, data, fl.uniform(max(7, count)), mesh=fl.devices.mesh(count))
     a, b, out = one.init(0), many.init(0), {}
     for done in range(1, rounds + 1):
         (a, m), (b, n) = one.step(a, one.data), many.step(b, many.data)
@@ -71,13 +71,23 @@ def model_axis() -> float:
     return difference(one.params(one.step(one.init(0), data)[0]), many.params(many.step(state, many.data)[0]))
 
 
+def copies() -> int:
+    """In how many places a CPU's devices have a data set; the caller's own counts as well."""
+    x = np.zeros((1000, 2), np.float32)
+    data = fl.FederatedData.from_arrays({"x": x, "y": np.zeros(len(x), int)}, np.zeros(len(x), int))
+    there = sharding.placed(data, fl.devices.mesh()).data.arrays["x"]
+    places = {shard.data.unsafe_buffer_pointer() for shard in there.addressable_shards}
+    return len(places | {x.ctypes.data})
+
+
 if __name__ == "__main__":
+    print(json.dumps({"case": "placed", "devices": jax.device_count(), "copies": copies()}), flush=True)
     print(json.dumps({"case": "model_axis", "devices": 4, "apart": model_axis()}), flush=True)
     data = softmax_data(empty=1)
     rounds = int(sys.argv[1])
     for name, round in cases():
-        for devices in (2, 4, 8) if name == "fedavg" else (4,):
-            print(json.dumps({"case": name, "devices": devices, **compare(round, data, devices, rounds)}), flush=True)
+        for count in (2, 4, 8) if name == "fedavg" else (4,):
+            print(json.dumps({"case": name, "devices": count, **compare(round, data, count, rounds)}), flush=True)
     states.LARGE_ROW = 0  # from one device to another one by one
     alone = compare(dict(cases())["client_state"], data, 4, rounds)
     print(json.dumps({"case": "large_state", "devices": 4, **alone}), flush=True)

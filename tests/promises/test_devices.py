@@ -48,6 +48,10 @@ def test_a_second_axis_may_share_the_model_out(results):
     assert results["model_axis", 4]["apart"] < 1e-6
 
 
+def test_a_cpus_devices_read_one_copy_of_the_data(results):
+    assert results["placed", 8]["copies"] == 2  # and the caller's own
+
+
 @pytest.mark.parametrize("width", [3, states.LARGE_ROW // 4], ids=["gathered", "copied one by one"])
 @pytest.mark.parametrize("keep", [None, np.array([True, False, True, True])], ids=["all", "some"])
 def test_rows_of_a_table(width, keep):
