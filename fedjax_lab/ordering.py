@@ -19,7 +19,7 @@ def large_ones_last(grads: PyTree) -> PyTree:
     such reading. ``optimization_barrier`` is gone when XLA decides about copies; what holds here is a condition that is
     never true, which it doesn't find out.
     """
-    leaves = [g for g in jax.tree.leaves(grads) if jnp.issubdtype(jnp.result_type(g), jnp.floating) and g.size]
+    leaves = [g for g in jax.tree.leaves(grads) if jnp.issubdtype(g.dtype, jnp.floating) and g.size]
     small = [g for g in leaves if not _is_large(g)]
     if not small or len(small) == len(leaves):
         return grads
@@ -29,4 +29,4 @@ def large_ones_last(grads: PyTree) -> PyTree:
 
 
 def _is_large(g: jax.Array) -> bool:
-    return g.size * jnp.dtype(g.dtype).itemsize >= LARGE
+    return jnp.issubdtype(g.dtype, jnp.floating) and g.size * jnp.dtype(g.dtype).itemsize >= LARGE
