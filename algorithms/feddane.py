@@ -2,8 +2,8 @@
 
 Lines 3 to 5 collect the mean gradient ``g_t`` of a cohort, lines 6 to 8 let another one minimise
 ``F_k(w) + <g_t - grad F_k(w_t), w> + mu/2 |w - w_t|^2`` and average: two communications, which are two rounds here,
-:func:`fedjax_lab.transforms.gradient_rounds`. Kept per client: nothing. Travels: in even rounds a model down (and
-the last gradient, unused) and a gradient up; in odd rounds a model and the gradient down, a model up.
+:func:`fedjax_lab.transforms.gradient_rounds`. Kept per client: nothing. Travels: in even rounds a model down and a
+gradient up; in odd rounds a model and the gradient down, a model up.
 
 Deviations: clients are drawn as the sampler says and weigh p_k, where the paper draws them by p_k and takes plain
 means; the local problem is solved by ``client_optimizer`` for as long as asked.

@@ -5,8 +5,8 @@ As :mod:`algorithms.mime_lite`, and each local gradient ``grad f_k(y; z)`` is co
 ``grad f_k(y; z) - grad f_k(x; z) + c``, where ``z`` is the mini-batch, ``x`` the model received and ``c`` the mean of
 the cohort's full gradients at it. ``c`` has to be collected before: two communications, which are two rounds here,
 :func:`fedjax_lab.transforms.gradient_rounds`; ``fl.repeated(sampler)`` gives both the same cohort, as in the paper.
-Kept per client: nothing. Travels: in even rounds a model (and ``s`` and the last ``c``, unused) down and a gradient
-up; in odd rounds a model, ``s`` and ``c`` down, a model up.
+Kept per client: nothing. Travels: in even rounds a model (and ``s``, unused) down and a gradient up; in odd rounds a
+model, ``s`` and ``c`` down, a model up.
 
 Deviations: those of :mod:`algorithms.mime_lite`.
 """

@@ -13,7 +13,7 @@ import numpy as np
 from fedjax_lab import shuffle
 from fedjax_lab.data import FederatedData
 from fedjax_lab.process import typed_key
-from fedjax_lab.round import Env, Round, nbytes
+from fedjax_lab.round import Env, Round, upload_bytes
 from fedjax_lab.sampling import Sampler, everyone
 
 PyTree = Any
@@ -151,7 +151,7 @@ def _one_round(round: Round, server, clients: dict, data, env: Env, clients_key,
             if alive:
                 clients[k] = output.state
             if bool(output.sent):
-                uplink += nbytes(output.upload) if output.bytes_up is None else int(output.bytes_up)
+                uplink += int(upload_bytes(output))
             if counted:
                 sums = lifted if sums is None else jax.tree.map(lambda a, b: a + b, sums, lifted)
                 slot = (output.upload, jnp.float32(output.weight), jnp.bool_(True), message)

@@ -81,7 +81,9 @@ class ClientOutput(NamedTuple):
       weight: ``float32[]``, its weight in a weighted mean; a client of weight 0 counts for nothing.
       state: the client's next state.
       sent: ``bool[]``; a client may keep its upload to itself (selective upload).
-      bytes_up: ``uint32[]``, length of the upload on the wire; ``None``: the size of its arrays.
+      bytes_up: ``uint32[]``, length of the upload on the wire; ``None``: the size of its arrays that travel.
+      parts: which parts of the upload travel, ``bool[]`` for each: a pytree with the upload's structure, or the outer
+        part of it. The others must be zeros: they cost nothing, and links send nothing for them. ``None``: all travel.
       metrics: scalars, reported as means over the survivors, by weight.
       trained: see :class:`Trained`; ``None`` when nothing was trained.
     """
@@ -91,6 +93,7 @@ class ClientOutput(NamedTuple):
     state: ClientState = ()
     sent: Any = True
     bytes_up: Any = None
+    parts: PyTree = None
     metrics: dict[str, jax.Array] = {}  # noqa: RUF012 - never mutated
     trained: Trained | None = None
 
@@ -256,15 +259,61 @@ class Sent:
     length: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sometimes:
+    """A part of a message that travels, and takes bytes, only if ``there: bool[]``, as both sides know."""
+
+    content: PyTree
+    there: Any
+
+
+def marked(tree: PyTree, parts: PyTree) -> PyTree:
+    """``tree`` with :class:`Sometimes` around what ``parts`` has a truth value for (``ClientOutput.parts``).
+
+    Raises:
+      ValueError: ``parts`` has another structure.
+    """
+    try:
+        return tree if parts is None else jax.tree.map(lambda there, x: Sometimes(x, there), parts, tree)
+    except ValueError as error:
+        raise ValueError(
+            "ClientOutput.parts must have the structure of the upload, or the outer part of it: whatever changes "
+            f"the one must change the other ({error})"
+        ) from error
+
+
+def unmarked(tree: PyTree) -> PyTree:
+    """The same without :class:`Sometimes`, all of their contents in place."""
+    is_part = lambda x: isinstance(x, Sometimes)
+    return jax.tree.map(lambda x: x.content if is_part(x) else x, tree, is_leaf=is_part)
+
+
+def travelling(tree: PyTree, parts: PyTree) -> PyTree:
+    """``tree`` with zeros in those parts that don't travel (``ClientOutput.parts``)."""
+    zero_unless = lambda there, part: jax.tree.map(lambda x: jnp.where(there, x, jnp.zeros_like(x)), part)
+    return tree if parts is None else jax.tree.map(zero_unless, parts, tree)
+
+
+def upload_bytes(output: ClientOutput) -> Any:
+    """The length of a client's upload on the wire, an integer or ``uint32[]``."""
+    return nbytes(marked(output.upload, output.parts)) if output.bytes_up is None else output.bytes_up
+
+
 def nbytes(tree: PyTree) -> Any:
     """Bytes of a pytree's arrays on the wire, each in its true width; PRNG keys by their data.
 
-    An integer; ``uint32[]`` if there is something :class:`Sent` in it whose length depends on the data.
+    An integer; ``uint32[]`` if there is something in it whose length depends on the data (:class:`Sent`) or that may
+    not travel (:class:`Sometimes`).
     """
+    special = (Sent, Sometimes)
 
     def size(leaf) -> Any:
         if isinstance(leaf, Sent):
             return leaf.length
+        if isinstance(leaf, Sometimes):
+            there = jnp.asarray(leaf.there)  # several where messages are stacked, and so are their contents
+            return (jnp.sum(there) * (nbytes(leaf.content) // there.size)).astype(jnp.uint32)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.eval_shape(jax.random.key_data, leaf)
         bits = jnp.iinfo(leaf.dtype).bits if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf.dtype.itemsize * 8
@@ -272,5 +321,5 @@ def nbytes(tree: PyTree) -> Any:
 
     return sum(
         size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf)
-        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Sent))
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, special))
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab.client import ClientData
-from fedjax_lab.round import Round, nbytes
+from fedjax_lab.round import Round, nbytes, upload_bytes
 
 PyTree = Any
 
@@ -67,14 +67,13 @@ def client_turn(round: Round, server, data, env, key, client_id, present, state,
     kept = ()
     if round.aggregate.reduce is not None:
         kept = (zero_unless(output.upload), jnp.where(counted, weight, 0), counted, message)
-    bytes_up = nbytes(output.upload) if output.bytes_up is None else output.bytes_up
     turn = Turn(
         output.state,
         alive,
         counted,
         jnp.where(counted, weight, 0),
         {name: jnp.asarray(value, jnp.float32) for name, value in output.metrics.items()},
-        jnp.where(present & sent, jnp.asarray(bytes_up, jnp.uint32), 0),
+        jnp.where(present & sent, jnp.asarray(upload_bytes(output), jnp.uint32), 0),
         jnp.uint32(nbytes(message)),
         kept,
     )

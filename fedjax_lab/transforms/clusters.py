@@ -105,7 +105,8 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
             out = round.client_update(stacked.pick(message, cluster), state, client, key, tilt=tilt)
             cluster = cluster.astype(number)
             more = None if out.bytes_up is None else out.bytes_up + cluster.dtype.itemsize
-            return out._replace(upload=Chosen(out.upload, cluster), bytes_up=more)
+            parts = None if out.parts is None else Chosen(out.parts, jnp.bool_(True))
+            return out._replace(upload=Chosen(out.upload, cluster), bytes_up=more, parts=parts)
 
         def server_update(server, aggregate, key):
             keys = jax.random.split(key, k)

@@ -96,6 +96,7 @@ def control_variates(option: str = "II", weighting: Any = "examples", learning_r
                 upload=Controlled(out.upload, change),
                 state=Controlled(forget_recorded(out.state), new),
                 bytes_up=bytes_up,
+                parts=None if out.parts is None else Controlled(out.parts, jnp.bool_(True)),
             )
 
         def server_update(server, aggregate, key):

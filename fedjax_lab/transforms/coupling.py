@@ -121,7 +121,8 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
             if mixing is None:
                 return out._replace(state=CoupledClient(new, out.state))
             upload = CoupledUpload(out.upload, new.params)
-            return out._replace(upload=upload, state=CoupledClient(new, out.state), bytes_up=None)
+            parts = None if out.parts is None else CoupledUpload(out.parts, jnp.bool_(True))
+            return out._replace(upload=upload, state=CoupledClient(new, out.state), bytes_up=None, parts=parts)
 
         def server_update(server, aggregate, key):
             if mixing is None:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from fedjax_lab.aggregators import within
 from fedjax_lab.nesting import first_message
-from fedjax_lab.round import Round, Sent, Transform, identity, nbytes, through
+from fedjax_lab.round import Round, Sent, Sometimes, Transform, identity, nbytes, through
 from fedjax_lab.wire.base import Ctx, Wire, map_floats, stateless, undo, zeros_of
 from fedjax_lab.wire.chaining import chain
+from fedjax_lab.wire.sometimes import by_occasion
 
 PyTree = Any
 _TAG = 0xD011
@@ -57,7 +58,8 @@ def downlink(*links: Wire, deltas: bool = True) -> Transform:
                 "downlink() sends changes of what a client last saw, where federated_dropout() sends other units each "
                 "round: use downlink(..., deltas=False)"
             )
-        return _with_references(round, wire) if deltas else _plain(round, wire)
+        own = by_occasion(wire)
+        return _with_references(round, own) if deltas else _plain(round, own)
 
     return transform
 
@@ -94,7 +96,7 @@ def _with_references(round: Round, wire: Wire) -> Round:
         return Seen(zeros_of(like), jnp.bool_(False), inner)
 
     def broadcast(server, state, client, key):
-        message = round.broadcast(server, state.inner, client, key)
+        message = _as_seen(round.broadcast(server, state.inner, client, key), state.reference)
         change = map_floats(lambda m, r: m.astype(r.dtype) - r, message, state.reference)
         got, size = _encoded(wire, change, change, client, key)
         known = map_floats(lambda m, r, g: (r + g).astype(m.dtype), message, state.reference, got)
@@ -114,6 +116,20 @@ def _with_references(round: Round, wire: Wire) -> Round:
         client_update=client_update,
         personalize=personal and (lambda m, s, client, key: personal(m.content, s.inner, client, key)),
     )
+
+
+def _as_seen(message: PyTree, reference: PyTree) -> PyTree:
+    """The message, what doesn't travel this time as the client last saw it."""
+    is_part = lambda x: isinstance(x, Sometimes)
+
+    def one(x, seen):
+        if not is_part(x):
+            return x
+        return Sometimes(
+            map_floats(lambda c, s: jnp.where(x.there, c, s.astype(c.dtype)), x.content, seen.content), x.there
+        )
+
+    return jax.tree.map(one, message, reference, is_leaf=is_part)
 
 
 def _opening(round: Round) -> Round:

@@ -16,7 +16,7 @@ from fedjax_lab.gradients import client_gradient
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import nested
-from fedjax_lab.round import Round, Tilt, Transform, chain_tilts, identity, nbytes
+from fedjax_lab.round import Round, Sometimes, Tilt, Transform, chain_tilts, identity, nbytes
 
 PyTree = Any
 
@@ -29,10 +29,10 @@ class GradientServer(NamedTuple):
 
 
 class GradientMessage(NamedTuple):
-    """The inner message, and the mean ``gradient`` at its model."""
+    """The inner message, and the mean ``gradient`` at its model, which travels in odd rounds."""
 
     inner: Any
-    gradient: PyTree
+    gradient: Sometimes
 
 
 Correct = Callable[[Variables, PyTree, PyTree, ClientData, jax.Array], Tilt]
@@ -43,8 +43,8 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
 
     In even rounds the server's model stays, and clients upload nothing but their gradient at it. In odd rounds they
     train, and upload what the inner round uploads. A sampler draws a cohort for each; ``fl.repeated(sampler)``
-    draws one for both. Kept per client: nothing more. Travels: the gradient up in even rounds; down it
-    accompanies every message, although only the odd rounds need it.
+    draws one for both. Kept per client: nothing more. Travels: the gradient up in even rounds, and its mean down in
+    odd ones.
 
     Args:
       correct: ``(received, gradient, own, client, key) -> Tilt`` of the odd rounds' training; ``gradient`` is the
@@ -69,7 +69,9 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
             return GradientServer(server, jax.tree.map(jnp.zeros_like, model.get(server).params))
 
         def broadcast(server, state, client, key):
-            return GradientMessage(round.broadcast(server.inner, state, client, key), server.gradient)
+            inner = round.broadcast(server.inner, state, client, key)
+            training = client.env.round % 2 == 1 if client.env else True  # outside of rounds, all there is
+            return GradientMessage(inner, Sometimes(server.gradient, jnp.asarray(training)))
 
         def client_update(message, state, client, key, tilt=identity):
             training = client.env.round % 2 == 1
@@ -77,18 +79,18 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
             oracle, once = tilt(gradient_oracle(loss)), jax.random.fold_in(key, 0x6D)
             passes = 1 if own else jnp.where(training, 0, 1)
             gradient, at_start = client_gradient(oracle, received, client, once, passes)
-            change = correct(received, message.gradient, gradient, client, key)
+            change = correct(received, message.gradient.content, gradient, client, key)
             out = round.client_update(message.inner, state, client, key, tilt=chain_tilts(change, tilt))
             run = out.trained
             if run is not None:
                 stays = select(training, run.variables, run.start)
                 run = run._replace(variables=stays, steps=jnp.where(training, run.steps, 0))
-            sent = nbytes(out.upload) if out.bytes_up is None else out.bytes_up
             measured = {"loss": jnp.where(training, out.metrics.get("loss", at_start), at_start)}
             return out._replace(
                 upload=(only(training, out.upload), only(~training, gradient)),
                 state=select(training, out.state, state),
-                bytes_up=jnp.where(training, sent, nbytes(gradient)),
+                bytes_up=None if out.bytes_up is None else jnp.where(training, out.bytes_up, nbytes(gradient)),
+                parts=(training if out.parts is None else only(training, out.parts), ~training),
                 metrics=out.metrics | measured,
                 trained=run,
             )

@@ -6,7 +6,7 @@ import jax
 
 from fedjax_lab import checks
 from fedjax_lab.gradients import forget_recorded
-from fedjax_lab.round import Round, Transform, identity
+from fedjax_lab.round import Round, Transform, identity, travelling
 from fedjax_lab.transforms.control_variates import mean_gradient
 
 
@@ -43,7 +43,8 @@ def local_gradients(learning_rate: Any = None) -> Transform:
                 )
             mean = mean_gradient(run, learning_rate)
             down = jax.tree.map(lambda g, u: -g.astype(u.dtype), mean, out.upload.params)
-            return out._replace(upload=out.upload._replace(params=down), state=forget_recorded(out.state))
+            upload = travelling(out.upload._replace(params=down), out.parts)
+            return out._replace(upload=upload, state=forget_recorded(out.state))
 
         return round._replace(client_update=client_update)
 

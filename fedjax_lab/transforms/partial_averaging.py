@@ -70,7 +70,8 @@ def partial_averaging(averaged: Schedule) -> Transform:
     Federated Deep Learning With Layerwise Asynchronous Model Update", IEEE TNNLS 2020, section III, has deep layers
     averaged in some rounds only; all layers every tau rounds is local SGD with tau times the steps). Kept per client: a
     model and a number for each leaf. Travels: down the leaves that are new to the client and a number for each leaf,
-    up the averaged leaves. A link of ``fl.uplink`` behind it is charged for whole uploads, with zeros in them.
+    up the averaged leaves, of which each goes through the links of ``fl.uplink`` by itself. ``fl.downlink`` behind it
+    is charged for whole messages.
 
     Evaluation has both models: the server's, and as ``personal_...`` each client's own.
 
@@ -135,9 +136,8 @@ def partial_averaging(averaged: Schedule) -> Transform:
             # The change is counted from what the server has, which the client may have left behind rounds ago.
             moved = lambda c, u, a, b: jnp.where(c, u + (a - b).astype(u.dtype), jnp.zeros_like(u))
             upload = jax.tree.map(moved, chosen, out.upload, start, theirs)
-            length = sum(jax.tree.leaves(jax.tree.map(lambda c, u: jnp.where(c, nbytes(u), 0), chosen, upload)))
             new = PartialClient(out.state, out.trained.variables, message.version)
-            return out._replace(upload=upload, state=new, bytes_up=jnp.uint32(length))
+            return out._replace(upload=upload, state=new, bytes_up=None, parts=chosen)
 
         def server_update(server, aggregate, key):
             found, number = aggregate

@@ -112,7 +112,8 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
             if first:  # held, whatever an optimizer does to parameters without a gradient
                 part = part._replace(params=keep(predicate, view.get(whole)).params)
             upload = strip(predicate, view.get(whole), out.upload)
-            return out._replace(upload=upload, state=PrivateState(part, out.state), bytes_up=None)
+            parts = strip(predicate, view.get(whole), out.parts)
+            return out._replace(upload=upload, state=PrivateState(part, out.state), bytes_up=None, parts=parts)
 
         def server_update(server, aggregate, key):
             # The server's own copy of the private leaves gets zero updates: it stays where it began.

@@ -11,7 +11,7 @@ from fedjax_lab import checks
 from fedjax_lab.aggregators import within
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import nested
-from fedjax_lab.round import Lens, Round, Sent, Transform, chain_tilts, identity, nbytes
+from fedjax_lab.round import Lens, Round, Sent, Transform, chain_tilts, identity, marked, nbytes
 from fedjax_lab.transforms.submodels import restricted
 
 PyTree = Any
@@ -124,7 +124,7 @@ def pruning(
             return out._replace(
                 upload=upload,
                 state=PruningClient(sent.version, out.state),
-                bytes_up=_kept_bytes(like, mask, upload),
+                bytes_up=_kept_bytes(like, mask, upload, out.parts),
             )
 
         def server_update(server, aggregate, key):
@@ -233,17 +233,14 @@ def _over(like: Variables, change: Callable, mask: Variables, tree: PyTree) -> P
     return jax.tree.map(one, tree, is_leaf=lambda part: shape(part) in known)
 
 
-def _kept_bytes(like: Variables, mask: Variables, tree: PyTree) -> jax.Array:
-    """Bytes of a tree without the entries that were pruned, ``uint32[]``."""
-    sizes = [jnp.uint32(0)]
+def _kept_bytes(like: Variables, mask: Variables, tree: PyTree, parts: PyTree = None) -> jax.Array:
+    """Bytes of a tree, or those ``parts`` of it that travel, without the entries that were pruned, ``uint32[]``."""
 
     def size(x, m):
         entries = x.size if m is None else jnp.sum(m, dtype=jnp.uint32)
-        sizes.append(jnp.uint32(entries) * jnp.dtype(x.dtype).itemsize)
-        return ()
+        return Sent((), jnp.uint32(entries) * jnp.dtype(x.dtype).itemsize)
 
-    rest = _over(like, size, mask, tree)
-    return sum(sizes) + jnp.uint32(nbytes(rest))
+    return jnp.uint32(nbytes(marked(_over(like, size, mask, tree), parts)))
 
 
 def _check(sparsity: Any, start: int, end: int, every: int) -> None:

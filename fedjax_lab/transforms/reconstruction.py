@@ -93,7 +93,8 @@ def reconstruction(
             known, query = client.split(support)
             whole = completed(message, known, key)
             out = round.client_update(whole, state, query, key, tilt=chain_tilts(tilt, holding(predicate)))
-            return out._replace(upload=strip(predicate, view.get(whole), out.upload), bytes_up=None)
+            shared = lambda tree: strip(predicate, view.get(whole), tree)
+            return out._replace(upload=shared(out.upload), bytes_up=None, parts=shared(out.parts))
 
         def server_update(server, aggregate, key):
             # The server's own copy of the private leaves gets zero updates: it stays where it began.

@@ -7,7 +7,7 @@ from jax.core import Tracer
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
-from fedjax_lab.round import Round, Transform, identity, nbytes
+from fedjax_lab.round import Round, Transform, identity, nbytes, upload_bytes
 
 
 def transfers(*, up: Any = None, down: Any = None, latency: Any = 0.0) -> Transform:
@@ -35,7 +35,7 @@ def transfers(*, up: Any = None, down: Any = None, latency: Any = 0.0) -> Transf
     def transform(round: Round) -> Round:
         def client_update(message, state, client, key, tilt=identity):
             out = round.client_update(message, state, client, key, tilt=tilt)
-            sent = nbytes(out.upload) if out.bytes_up is None else out.bytes_up
+            sent = upload_bytes(out)
             sizes = {
                 "upload_size": jnp.where(jnp.asarray(out.sent, bool), jnp.float32(sent), 0),
                 "download_size": jnp.float32(nbytes(message)),

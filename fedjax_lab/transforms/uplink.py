@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
-from fedjax_lab.round import Aggregator, Env, Round, Transform, identity, through
+from fedjax_lab.round import Aggregator, Env, Round, Transform, identity, marked, through, unmarked
 from fedjax_lab.wire.base import Ctx, Like, Wire, as_opened, float_norm, shapes, stateless, undo
 from fedjax_lab.wire.chaining import chain
+from fedjax_lab.wire.sometimes import by_occasion
 
 PyTree = Any
 _TAG = 0x1174  # folded into keys that others fold from too
@@ -117,22 +118,26 @@ def _check(wire: Wire, max_weight: Any, denominators: Any) -> None:
 
 
 def _plain(round: Round, wire: Wire) -> Round:
-    inner = round.aggregate
+    inner, wire = round.aggregate, by_occasion(wire)
 
     def client_update(message, state, client, key, tilt=identity):
         out = round.client_update(message.inner, state.inner, client, key, tilt=tilt)
-        payload, kept, size = wire.encode(out.upload, state.wire, _on_client(client, key, message))
+        upload = marked(out.upload, out.parts)
+        payload, kept, size = wire.encode(upload, state.wire, _on_client(client, key, message))
         return _output(out, payload, kept, size, state.wire)
+
+    def decode(opened, ctx):
+        return unmarked(wire.decode(opened, ctx)[0])
 
     def lift(payload, weight, message, env):
         ctx = _ctx(env, message.wire)
         opened = wire.open(payload, ctx)
         if wire.decode is as_opened:
-            return inner.lift(opened, weight, message.inner, env)
+            return inner.lift(unmarked(opened), weight, message.inner, env)
         if is_mean_of_everything(inner, opened, weight, message.inner, env):
             return inner.lift(Opened(opened), weight, message.inner, env)
         _refuse_sums(wire, _PARTS if inner.reduce is None else _SINGLE)
-        return inner.lift(wire.decode(opened, ctx)[0], weight, message.inner, env)
+        return inner.lift(decode(opened, ctx), weight, message.inner, env)
 
     def finish(sums, env):
         mean = inner.finish(sums, env)
@@ -140,7 +145,7 @@ def _plain(round: Round, wire: Wire) -> Round:
 
     def reduce(payloads, weights, ok, messages, env):
         _refuse_sums(wire, _SINGLE)
-        one = lambda payload, message: undo(wire, payload, _ctx(env, message.wire))
+        one = lambda payload, message: unmarked(undo(wire, payload, _ctx(env, message.wire)))
         uploads = jax.vmap(one)(payloads, messages)
         # What an absent client's zeros decode to is nobody's upload.
         uploads = jax.tree.map(lambda u: jnp.where(ok.reshape(-1, *[1] * (u.ndim - 1)), u, 0), uploads)
@@ -151,11 +156,13 @@ def _plain(round: Round, wire: Wire) -> Round:
         if isinstance(aggregate, Opened):
             mean, env = aggregate.content
             aggregate, own = wire.decode(mean, _ctx(env, own, jax.random.fold_in(key, _SERVER)))
+            aggregate = unmarked(aggregate)
         updated, metrics = round.server_update(server.inner, aggregate, key)
         return dataclasses.replace(server, inner=updated, wire=own), metrics
 
     aggregate = Aggregator(lift, finish, None if inner.reduce is None else reduce)
-    return _wrapped(round, wire, client_update, aggregate, server_update, lambda out, message, env: out.upload)
+    encoded = lambda out, message, env: marked(out.upload, out.parts)
+    return _wrapped(round, wire, client_update, aggregate, server_update, encoded)
 
 
 def is_mean_of_everything(aggregator: Aggregator, opened: PyTree, weight, message, env: Env) -> bool:
@@ -289,7 +296,7 @@ def _output(out, payload: PyTree, kept: PyTree, size: Any, before: PyTree):
     # Memories move only with an upload that counts; others would lose what they hold.
     counts = jnp.asarray(out.sent, bool) & ~(weight <= 0)
     kept = jax.tree.map(lambda new, old: jnp.where(counts, new, old), kept, before)
-    return out._replace(upload=payload, weight=weight, state=Uplinked(out.state, kept), bytes_up=size)
+    return out._replace(upload=payload, weight=weight, state=Uplinked(out.state, kept), bytes_up=size, parts=None)
 
 
 def _on_client(client: ClientData, key: jax.Array, message: Uplinked) -> Ctx:
