@@ -3,7 +3,8 @@
 A global model is trained, here by FedAvg (line 1); each client looks an example's representation up among those of its
 own training data (line 3, the datastore) and mixes the two predictions (equation 9):
 :func:`fedjax_lab.transforms.nearest_neighbours`. Kept per client: its data. Travels: what FedAvg sends. Deviation:
-``lam`` is the same for all clients, where the paper tunes it on each client's validation examples.
+of several ``lam`` each client takes the one that suits its own examples, each left out in turn; the paper takes
+validation examples.
 """
 
 from typing import Any

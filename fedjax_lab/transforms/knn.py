@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_lab import checks, shuffle
 from fedjax_lab.client import ClientData
@@ -25,12 +26,14 @@ class Neighbours(NamedTuple):
       keys: ``float32[slots, features]``, representations of the client's examples, its datastore.
       labels: ``int[slots]``, theirs.
       filled: ``bool[slots]``, slots that hold an example.
+      lam: ``float32[]``, the neighbours' weight.
     """
 
     params: PyTree
     keys: jax.Array
     labels: jax.Array
     filled: jax.Array
+    lam: jax.Array
 
 
 def nearest_neighbours(
@@ -59,17 +62,20 @@ def nearest_neighbours(
       features: ``(Variables, batch["x"]) -> float[batch, features]``, the representation, such as the activations of
         the last hidden layer.
       num_classes: labels are ``0..num_classes-1``.
-      lam: weight of the neighbours, between 0 and 1; 0 is the model alone.
+      lam: weight of the neighbours, between 0 and 1; 0 is the model alone. Or several, of which each client takes the
+        one with which its own examples are predicted best (the least loss, the first of equals), each by the others.
+        The paper takes validation examples for that; the model, which may have been trained with these, is trusted a
+        little too much.
       k: neighbours that vote; where a client has fewer examples, all of them.
       scale: of the distances; the authors' code has one, the paper's is 1.
       capacity: keep at most so many of a client's examples, drawn at random; ``None``: all. A datastore has a slot
         for each example of the largest client.
 
     Raises:
-      ValueError: a ``lam`` outside 0..1; a ``k``, scale, capacity or number of classes that isn't positive; a Round
-        that sends no model or has no metrics; when traced, representations that aren't a vector for each example.
+      ValueError: a ``lam`` outside 0..1, or none; a ``k``, scale, capacity or number of classes that isn't positive; a
+        Round that sends no model or has no metrics; when traced, representations that aren't a vector for each example.
     """
-    checks.probability(lam, "lam")
+    weights = _weights(lam)
     checks.positive(scale, "scale")
     for value, name in ((k, "k"), (num_classes, "num_classes"), (1 if capacity is None else capacity, "capacity")):
         checks.positive(value, name, integer=True)
@@ -85,19 +91,25 @@ def nearest_neighbours(
             own = sent(message, state, client, key)
             batch, filled = _kept(client, capacity, jax.random.fold_in(key, 0x4E4))
             keys = _represented(features, own, batch["x"])
-            return own._replace(params=Neighbours(own.params, keys, batch["y"], filled))
+            store = Neighbours(own.params, keys, batch["y"], filled, jnp.float32(weights[0]))
+            if len(weights) > 1:
+                by_others = (*_votes(store, keys, num_classes, k, scale, itself=True), model_says(own, batch))
+                losses = lambda lam: jnp.where(filled, _loss(_mixed(lam, *by_others), batch["y"]), 0)
+                sums = jax.vmap(lambda lam: jnp.sum(losses(lam)))(jnp.asarray(weights))
+                store = store._replace(lam=jnp.asarray(weights)[jnp.argmin(sums)])
+            return own._replace(params=store)
+
+        def model_says(own, batch):
+            return _log_probabilities(loss, own, batch, num_classes)
 
         def metrics(params, model_state, batch):
             if not isinstance(params, Neighbours):
                 return plain(params, model_state, batch)
             own = Variables(params.params, model_state)
-            votes, weight = _votes(params, _represented(features, own, batch["x"]), num_classes, k, scale)
-            weight = lam * weight
-            theirs = _log_probabilities(loss, own, batch, num_classes)
-            mixed = jnp.logaddexp(jnp.log(weight) + jnp.log(votes), jnp.log(1 - weight) + theirs)
-            right = jnp.take_along_axis(mixed, batch["y"][:, None], axis=1)[:, 0]
+            votes, there = _votes(params, _represented(features, own, batch["x"]), num_classes, k, scale)
+            mixed = _mixed(params.lam, votes, there, model_says(own, batch))
             hit = jnp.argmax(mixed, axis=1) == batch["y"]
-            return {"loss": -jnp.maximum(right, LEAST), "accuracy": hit.astype(jnp.float32)}
+            return {"loss": _loss(mixed, batch["y"]), "accuracy": hit.astype(jnp.float32)}
 
         def losses(params, *rest):
             return loss(params.params if isinstance(params, Neighbours) else params, *rest)
@@ -105,6 +117,26 @@ def nearest_neighbours(
         return round._replace(personalize=personalize, metrics=metrics, loss=losses, traits=round.traits | {"personal"})
 
     return transform
+
+
+def _weights(lam: Any) -> np.ndarray | list:
+    """The neighbours' weights to choose among; raises ValueError for those that can't be."""
+    several = list(lam) if isinstance(lam, list | tuple | np.ndarray | jax.Array) and np.ndim(lam) else [lam]
+    if not several:
+        raise ValueError("lam must be the neighbours' weight, or some to choose among; got none")
+    for each in several:
+        checks.probability(each, "lam")
+    return several if len(several) == 1 else np.asarray(several, np.float32)
+
+
+def _mixed(lam: Any, votes: jax.Array, there: jax.Array, model: jax.Array) -> jax.Array:
+    """The logarithm of equation 9; of the model alone where there is no neighbour."""
+    weight = lam * there
+    return jnp.logaddexp(jnp.log(weight) + jnp.log(votes), jnp.log(1 - weight) + model)
+
+
+def _loss(mixed: jax.Array, labels: jax.Array) -> jax.Array:
+    return -jnp.maximum(jnp.take_along_axis(mixed, labels[:, None], axis=1)[:, 0], LEAST)
 
 
 def _kept(client: ClientData, capacity: int | None, key: jax.Array) -> tuple[PyTree, jax.Array]:
@@ -129,11 +161,17 @@ def _represented(features: Features, variables: Variables, x: PyTree) -> jax.Arr
     return found.astype(jnp.float32)
 
 
-def _votes(store: Neighbours, queries: jax.Array, num_classes: int, k: int, scale: Any) -> tuple[jax.Array, jax.Array]:
-    """The neighbours' probabilities ``[batch, classes]``, and 1, or 0 if there is no neighbour."""
+def _votes(
+    store: Neighbours, queries: jax.Array, num_classes: int, k: int, scale: Any, itself: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The neighbours' probabilities ``[batch, classes]``, and ``[batch, 1]``: 1, or 0 if there is no neighbour.
+
+    ``itself``: the queries are the store's own keys, each of which has no vote on itself.
+    """
     product = jnp.matmul(queries, store.keys.T, precision=jax.lax.Precision.HIGHEST)
     squares = jnp.sum(queries**2, 1)[:, None] + jnp.sum(store.keys**2, 1)[None] - 2 * product
-    distances = jnp.where(store.filled[None], jnp.sqrt(jnp.maximum(squares, 0)), jnp.inf)
+    may_vote = store.filled[None] & ~(itself & jnp.eye(len(queries), len(store.keys), dtype=bool))
+    distances = jnp.where(may_vote, jnp.sqrt(jnp.maximum(squares, 0)), jnp.inf)
     nearest, places = jax.lax.top_k(-distances, min(k, store.keys.shape[0]))
     # Only ratios of weights count: far neighbours, too, must not all vanish.
     top = jnp.where(jnp.isfinite(nearest[:, :1]), nearest[:, :1], 0)
@@ -141,7 +179,7 @@ def _votes(store: Neighbours, queries: jax.Array, num_classes: int, k: int, scal
     kinds = jax.nn.one_hot(store.labels[places], num_classes)
     votes = jnp.einsum("bk,bkc->bc", weights, kinds, precision=jax.lax.Precision.HIGHEST)
     total = jnp.sum(weights, 1, keepdims=True)
-    return votes / jnp.where(total > 0, total, 1), jnp.any(store.filled).astype(jnp.float32)
+    return votes / jnp.where(total > 0, total, 1), jnp.any(may_vote, 1, keepdims=True).astype(jnp.float32)
 
 
 def _log_probabilities(loss: Callable, variables: Variables, batch: PyTree, num_classes: int) -> jax.Array:

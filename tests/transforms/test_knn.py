@@ -123,3 +123,36 @@ def test_representations_must_be_vectors():
     client = softmax_data(SIZES).on_device().view(jnp.int32(0))
     with pytest.raises(ValueError, match="a vector for each of 12 examples"):
         round.personalize(fl.Variables(*MODEL.init(jax.random.key(0))), (), client, jax.random.key(0))
+
+
+@pytest.mark.parametrize("k", [100, 2])
+def test_of_several_weights_each_client_takes_what_predicts_its_examples_best(trained, k):
+    """Each example by the others: by hand, over a grid, with a client that has one example and one without any."""
+    grid = (0.0, 0.3, 0.6, 0.9)
+    data, _, process, state = trained
+    w, b = (np.asarray(process.params(state)[n], np.float64) for n in ("w", "b"))
+    best = []
+    for name in data.ids:
+        own = data.client(name).arrays
+        keys, losses = np.tanh(own["x"] @ w), np.zeros(len(grid))
+        for i, (x, y) in enumerate(zip(own["x"].astype(np.float64), own["y"], strict=True)):
+            p = np.exp(x @ w + b) / np.exp(x @ w + b).sum()
+            others = np.delete(np.arange(len(keys)), i)
+            d = np.sqrt(((keys[i] - keys[others]) ** 2).sum(1))
+            near = np.argsort(d, kind="stable")[:k]
+            votes = np.array([np.exp(-d[near])[own["y"][others[near]] == c].sum() for c in range(3)])
+            for j, lam in enumerate(grid):
+                mixed = lam * votes / votes.sum() + (1 - lam) * p if len(others) else p
+                losses[j] -= max(np.log(mixed[y]) if mixed[y] > 0 else -np.inf, -87)
+        best.append(grid[int(np.argmin(losses))])
+    assert len(set(best)) > 1  # else one weight for all would do
+    metrics = found(trained, lam=grid, k=k)
+    each = {lam: found(trained, lam=lam, k=k) for lam in set(best)}
+    for i, lam in enumerate(best):
+        np.testing.assert_allclose(metrics.values["loss"][i], each[lam].values["loss"][i], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("lam", "said"), [((), "got none"), ((0.5, 1.5), "lam"), ([-0.1], "lam")])
+def test_weights_that_cannot_be_are_refused(lam, said):
+    with pytest.raises(ValueError, match=said):
+        nearest_neighbours(features, num_classes=3, lam=lam)
