@@ -45,8 +45,8 @@ class Other:
         return told["seconds"], told["error"]
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        with self.process:  # closes the pipes, and waits
+            self.process.kill()
 
 
 def ours_of(wire: fl.wire.Wire, vector: jax.Array):
