@@ -16,6 +16,9 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 
 MOST_PLACES = 16
+# Entries that XLA:CPU works on at once. Where channels don't fill it, slice by slice is faster: .95 to .53 ms for 64
+# images of 24 x 24 x 6 behind a bias and a relu. Where they do it was no slower alone, but W2's rounds took 1.017.
+VECTOR = 16
 
 
 def _form(eqn: JaxprEqn) -> Callable | None:
@@ -50,6 +53,8 @@ def to_first_max(cotangent: jax.Array, x: jax.Array, window: tuple[int, ...]) ->
     """Each block's cotangent at the block's first maximum, zeros elsewhere; of ``x``'s shape."""
     slices = _slices(x, window)
     largest = functools.reduce(jnp.maximum, slices)
+    if x.shape[-1] % VECTOR:
+        return _piece_by_piece(cotangent, slices, largest, x.shape, window)
     chosen = jnp.full(largest.shape, len(slices) - 1, jnp.int32)
     for place, piece in reversed(list(enumerate(slices[:-1]))):
         chosen = jnp.where(piece == largest, place, chosen)
@@ -58,9 +63,28 @@ def to_first_max(cotangent: jax.Array, x: jax.Array, window: tuple[int, ...]) ->
     place = jnp.arange(len(slices)).reshape([n if i in inside else 1 for i, n in enumerate(blocks)])
     spread = lambda a: jnp.expand_dims(a, inside)
     zero = jnp.zeros((), cotangent.dtype)
-    inner = [n * w for n, w in zip(largest.shape, window, strict=True)]
-    inner = jnp.where(spread(chosen) == place, spread(cotangent), zero).reshape(inner)
-    return lax.pad(inner, zero, [(0, n - m, 0) for n, m in zip(x.shape, inner.shape, strict=True)])
+    return _whole(jnp.where(spread(chosen) == place, spread(cotangent), zero), x.shape, window)
+
+
+def _piece_by_piece(cotangent, slices: list[jax.Array], largest, shape, window) -> jax.Array:
+    """The same, each slice's own gradient first, and then all of them together."""
+    left, pieces = cotangent, []
+    for piece in slices[:-1]:
+        chosen = piece == largest
+        pieces.append(jnp.where(chosen, left, 0))
+        left = jnp.where(chosen, 0, left)
+    pieces.append(left)
+    for axis, n in reversed(list(enumerate(window))):
+        if n > 1:
+            pieces = [jnp.stack(pieces[i : i + n], axis + 1) for i in range(0, len(pieces), n)]
+    return _whole(pieces[0], shape, window)
+
+
+def _whole(blocks: jax.Array, shape: tuple[int, ...], window: tuple[int, ...]) -> jax.Array:
+    """Blocks side by side, with zeros in what is left over at an end."""
+    inner = blocks.reshape([n // w * w for n, w in zip(shape, window, strict=True)])
+    zero = jnp.zeros((), blocks.dtype)
+    return lax.pad(inner, zero, [(0, n - m, 0) for n, m in zip(shape, inner.shape, strict=True)])
 
 
 def _slices(x: jax.Array, window: tuple[int, ...]) -> list[jax.Array]:

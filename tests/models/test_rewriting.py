@@ -111,8 +111,10 @@ def test_other_convolutions_stay_convolutions(stride, groups):
     np.testing.assert_allclose(now[0], was[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 4, 5), (3, 7, 5, 5)], ids=["whole blocks", "rest at the ends"])
-def test_pooling_and_its_gradient_with_ties(shape):
+@pytest.mark.parametrize("channels", [5, 16])  # slice by slice, entry by entry
+@pytest.mark.parametrize("shape", [(3, 6, 4), (3, 7, 5)], ids=["whole blocks", "rest at the ends"])
+def test_pooling_and_its_gradient_with_ties(shape, channels):
+    shape = (*shape, channels)
     x = jax.random.randint(jax.random.key(2), shape, 0, 3).astype(jnp.float32)  # many equals: the first one is chosen
     loss = lambda x: jnp.sum((nn.max_pool(x, (2, 2), strides=(2, 2)) + 1.0) ** 2)
     was, now, text = before_and_after(jax.value_and_grad(loss), x)
