@@ -4,8 +4,7 @@ Gradients", NeurIPS 2021, algorithm 1).
 Each local step follows ``grad F_k(w) - grad F_k(w_t) + g_t``, where ``g_t`` is the mean gradient at ``w_t``, with the
 step size divided by the client's number of steps ``tau_k``. Collecting ``g_t`` and training are two
 communications, which are two rounds here, :func:`fedjax_lab.transforms.gradient_rounds`. Kept per client: nothing.
-Travels: in even rounds a model down (and the last gradient, unused) and a gradient up; in odd rounds a model and
-the gradient down, a model up.
+Travels: in even rounds a model down and a gradient up; in odd rounds a model and the gradient down, a model up.
 
 Deviations: means weigh p_k (the paper's are uniform); the paper's sparsified gradients with error feedback are a
 wire around the uploads and not part of this file.
