@@ -134,12 +134,13 @@ class ClientData:
         slots = jnp.arange(size)
 
         def body(t, carry):
-            positions = t % per_epoch * size + slots
+            epoch = jax.lax.div(t, per_epoch)  # of positive integers: plain division, which "//" is not
+            positions = (t - epoch * per_epoch) * size + slots
             mask = positions < self.size
             if seed is None:
                 positions = jnp.clip(positions, 0, jnp.maximum(self.size - 1, 0))
             else:
-                positions = shuffle.permute(positions, self.size, shuffle.derive(seed, t // per_epoch))
+                positions = shuffle.permute(positions, self.size, shuffle.derive(seed, epoch))
             step_key = key if key is None else jax.random.fold_in(key, t)
             return step(carry, self.take(positions), mask, positions, step_key)
 

@@ -141,8 +141,11 @@ def test_the_bodies_of_loops_are_rewritten_too():
     np.testing.assert_allclose(now[0], was[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(60, 10), (10, 60)], ids=["narrow outputs", "narrow inputs"])
-def test_the_gradient_of_a_narrow_kernel_is_sums_of_rows(inputs, outputs):
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [(60, 10), (10, 60), (200, 10), (10, 200)],
+    ids=["narrow outputs", "narrow inputs", "columns", "columns of the transpose"],
+)  # fmt: skip
+def test_the_gradient_of_a_narrow_kernel_is_sums(inputs, outputs):
     x = jax.random.normal(jax.random.key(4), (10, inputs))
     w = jax.random.normal(jax.random.key(5), (inputs, outputs))
     was, now, text = before_and_after(jax.grad(lambda w: jnp.sum((x @ w) ** 2)), w)
@@ -152,8 +155,8 @@ def test_the_gradient_of_a_narrow_kernel_is_sums_of_rows(inputs, outputs):
 
 @pytest.mark.parametrize(
     ("examples", "inputs", "outputs", "dtype"),
-    [(20, 60, 10, jnp.float32), (10, 12, 10, jnp.float32), (10, 60, 10, jnp.bfloat16)],
-    ids=["many terms", "short rows", "half precision"],
+    [(40, 60, 10, jnp.float32), (20, 200, 10, jnp.float32), (10, 12, 10, jnp.float32), (10, 60, 10, jnp.bfloat16)],
+    ids=["many terms", "many of a large kernel", "short rows", "half precision"],
 )
 def test_other_products_are_left(examples, inputs, outputs, dtype):
     x, w = jnp.ones((examples, inputs), dtype), jnp.ones((inputs, outputs), dtype)
