@@ -82,10 +82,10 @@ class ClientOutput(NamedTuple):
       state: the client's next state.
       sent: ``bool[]``; a client may keep its upload to itself (selective upload).
       bytes_up: ``uint32[]``, length of the upload on the wire; ``None``: the size of its arrays that travel.
-      parts: which parts of the upload travel, ``bool[]`` for each: a pytree with the upload's structure, or the outer
-        part of it. The others must be zeros: they cost nothing, and links send nothing for them. ``None``: all travel.
       metrics: scalars, reported as means over the survivors, by weight.
       trained: see :class:`Trained`; ``None`` when nothing was trained.
+      parts: which parts of the upload travel, ``bool[]`` for each: a pytree with the upload's structure, or the outer
+        part of it. The others must be zeros: they cost nothing, and links send nothing for them. ``None``: all travel.
     """
 
     upload: Upload
@@ -93,9 +93,9 @@ class ClientOutput(NamedTuple):
     state: ClientState = ()
     sent: Any = True
     bytes_up: Any = None
-    parts: PyTree = None
     metrics: dict[str, jax.Array] = {}  # noqa: RUF012 - never mutated
     trained: Trained | None = None
+    parts: PyTree = None
 
 
 class Lens(NamedTuple):
