@@ -134,8 +134,9 @@ class ClientData:
         slots = jnp.arange(size)
 
         def body(t, carry):
-            epoch = jax.lax.div(t, per_epoch)  # of positive integers: plain division, which "//" is not
-            positions = (t - epoch * per_epoch) * size + slots
+            done = jax.lax.convert_element_type(t, per_epoch.dtype)  # "steps" may be of another type
+            epoch = jax.lax.div(done, per_epoch)  # of positive integers: plain division, which "//" is not
+            positions = (done - epoch * per_epoch) * size + slots
             mask = positions < self.size
             if seed is None:
                 positions = jnp.clip(positions, 0, jnp.maximum(self.size - 1, 0))

@@ -48,6 +48,12 @@ def test_steps_go_on_through_epochs_and_an_empty_client_makes_none():
     assert sorted(set(counts[3, :12].tolist())) == [1, 2]  # 5 steps of 4 over 12 rows: once, then a second epoch begun
 
 
+def test_the_number_of_steps_may_be_of_a_smaller_integer_type():
+    order = lambda steps: over_clients(lambda c: seen(c, steps=steps, batch_size=4, key=jax.random.key(2)))
+    for dtype in (jnp.int8, jnp.int16):
+        np.testing.assert_array_equal(order(dtype(5))[1], order(5)[1])
+
+
 def test_static_and_dynamic_folds_agree_bit_for_bit():
     def total(client, static):
         def step(c, batch, mask, positions, key):
