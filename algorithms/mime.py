@@ -5,8 +5,8 @@ As :mod:`algorithms.mime_lite`, and each local gradient ``grad f_k(y; z)`` is co
 ``grad f_k(y; z) - grad f_k(x; z) + c``, where ``z`` is the mini-batch, ``x`` the model received and ``c`` the mean of
 the cohort's full gradients at it. ``c`` has to be collected before: two communications, which are two rounds here,
 :func:`fedjax_lab.transforms.gradient_rounds`; ``fl.repeated(sampler)`` gives both the same cohort, as in the paper.
-Kept per client: nothing. Travels: in even rounds a model (and ``s``, unused) down and a gradient up; in odd rounds a
-model, ``s`` and ``c`` down, a model up.
+Kept per client: nothing. Travels: in even rounds a model down and a gradient up; in odd rounds a model, ``s`` and
+``c`` down, a model up.
 
 Deviations: those of :mod:`algorithms.mime_lite`.
 """
@@ -18,6 +18,7 @@ import optax
 
 import fedjax_lab as fl
 from algorithms.mime_lite import advanced, with_statistics
+from fedjax_lab.round import Sometimes
 from fedjax_lab.transforms.gradient_rounds import select
 
 
@@ -32,12 +33,17 @@ def mime(model: fl.Model, base_optimizer: optax.GradientTransformation, **local_
     base = with_statistics(model, base_optimizer, fl.transforms.idle_in_even_rounds(local_work))
     round = fl.compose(base, fl.transforms.gradient_rounds(corrected, own=False))
 
+    def broadcast(server, state, client, key):
+        message = round.broadcast(server, state, client, key)
+        s = Sometimes(message.inner.s, message.gradient.there)  # nobody steps in even rounds
+        return message._replace(inner=message.inner._replace(s=s))
+
     def server_update(server, aggregate, key):
         new, metrics = round.server_update(server, aggregate, key)
         s = select(aggregate[-1], advanced(base_optimizer, server.inner, server.gradient), server.inner.s)
         return new._replace(inner=new.inner._replace(s=s)), metrics
 
-    return round._replace(server_update=server_update)
+    return round._replace(broadcast=broadcast, server_update=server_update)
 
 
 def corrected(received: fl.Variables, c: Any, own: Any, client: fl.ClientData, key: jax.Array) -> fl.Tilt:

@@ -18,6 +18,7 @@ import optax
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
+from fedjax_lab.round import unmarked
 
 
 class MimeServer(NamedTuple):
@@ -80,7 +81,7 @@ def with_statistics(model: fl.Model, base_optimizer: optax.GradientTransformatio
         return MimeServer(inner, base_optimizer.init(inner.variables.params))
 
     def client_update(message, state, client, key, tilt=fl.identity):
-        return base.client_update(message.inner, message.s, client, key, tilt)._replace(state=())
+        return base.client_update(message.inner, unmarked(message.s), client, key, tilt)._replace(state=())
 
     def server_update(server, update, key):
         inner, metrics = base.server_update(server.inner, update, key)

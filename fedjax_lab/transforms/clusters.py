@@ -74,6 +74,11 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
             raise ValueError("clusters() chooses among models by their loss, but this Round trains none")
         if "many_models" in round.traits:
             raise ValueError("clusters() multiplies a Round's model, but this Round has several already")
+        if "by_leaf" in round.traits:
+            raise ValueError(
+                "clusters() sends several models, but partial_averaging() sends a client what is new to it of one: "
+                "leave one of the two out"
+            )
         if k == 1:
             return round
         sent = received_model(round, "clusters()")

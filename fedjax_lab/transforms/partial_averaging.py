@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from fedjax_lab import checks
 from fedjax_lab.aggregators import within
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import Aggregator, Round, Sent, Transform, identity, nbytes, through
+from fedjax_lab.round import Aggregator, Round, Sometimes, Transform, identity, marked, through, unmarked
 
 PyTree = Any
 # (path of a leaf, number of the round) -> whether it is averaged then; the number may be traced
@@ -34,7 +34,7 @@ class PartialClient(NamedTuple):
 
 
 class PartialMessage(NamedTuple):
-    """The inner message, in a :class:`fedjax_lab.round.Sent` of what is new to this client; and its ``version``."""
+    """The inner message, of whose model only what is new to this client travels; and the leaves' ``version``."""
 
     inner: Any
     version: Variables
@@ -70,8 +70,7 @@ def partial_averaging(averaged: Schedule) -> Transform:
     Federated Deep Learning With Layerwise Asynchronous Model Update", IEEE TNNLS 2020, section III, has deep layers
     averaged in some rounds only; all layers every tau rounds is local SGD with tau times the steps). Kept per client: a
     model and a number for each leaf. Travels: down the leaves that are new to the client and a number for each leaf,
-    up the averaged leaves, of which each goes through the links of ``fl.uplink`` by itself. ``fl.downlink`` behind it
-    is charged for whole messages.
+    up the averaged leaves. Each of these goes through the links of ``fl.uplink`` and ``fl.downlink`` by itself.
 
     Evaluation has both models: the server's, and as ``personal_...`` each client's own.
 
@@ -107,16 +106,12 @@ def partial_averaging(averaged: Schedule) -> Transform:
 
         def broadcast(server, state, client, key):
             message = round.broadcast(server.inner, state.inner, client, key)
-            whole = view.get(message)
-            # What isn't part of the model travels as ever.
-            rest = nbytes(message) - nbytes(whole)
-            new = newer(server.version, state.version)
-            length = sum(jax.tree.leaves(jax.tree.map(lambda n, x: jnp.where(n, nbytes(x), 0), new, whole)))
-            return PartialMessage(Sent(message, jnp.uint32(rest + length)), server.version)
+            whole = marked(view.get(message), newer(server.version, state.version))
+            return PartialMessage(view.set(message, whole), server.version)
 
         def received(message, state):
             """The inner message with the model that the client begins with, and the server's model."""
-            content = message.inner.content
+            content = unmarked(message.inner)
             theirs, new = view.get(content), newer(message.version, state.version)
             start = jax.tree.map(lambda n, a, b: jnp.where(n, a, b), new, theirs, state.own)
             return view.set(content, start), start, theirs
@@ -155,8 +150,12 @@ def partial_averaging(averaged: Schedule) -> Transform:
             content, start, _ = received(message, state)
             return start if personal is None else personal(content, state.inner, client, key)
 
-        inside = lambda message: message.inner.content
-        put = lambda message, part: message._replace(inner=Sent(part, message.inner.length))
+        inside = lambda message: unmarked(message.inner)
+
+        def put(message, part):
+            there = jax.tree.map(lambda x: x.there, view.get(message.inner), is_leaf=lambda x: isinstance(x, Sometimes))
+            return message._replace(inner=view.set(part, marked(view.get(part), there)))
+
         return round._replace(
             init=init,
             init_client=init_client,
@@ -167,7 +166,7 @@ def partial_averaging(averaged: Schedule) -> Transform:
             personalize=personalize,
             model=through(lambda server: server.inner, lambda server, part: server._replace(inner=part), model),
             view=through(inside, put, view),
-            traits=round.traits | {"personal"},
+            traits=round.traits | {"personal", "by_leaf"},
         )
 
     return transform

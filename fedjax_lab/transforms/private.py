@@ -71,6 +71,11 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
             raise ValueError(
                 "private() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"
             )
+        if "by_leaf" in round.traits:
+            raise ValueError(
+                "private() takes leaves out of messages, but this Round's travel in rounds of their own: have "
+                "partial_averaging() never average them instead (a period of 0)"
+            )
         if {"sub_models", "pruned", "merged"} & round.traits:
             raise ValueError(
                 "private() takes leaves out of whole models, but this Round sends parts of one (federated dropout, "

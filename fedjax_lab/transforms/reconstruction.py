@@ -66,6 +66,11 @@ def reconstruction(
             )
         if {"partial", "many_models", "sub_models", "pruned", "merged"} & round.traits:
             raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
+        if "by_leaf" in round.traits:
+            raise ValueError(
+                "reconstruction() takes leaves out of messages, but partial_averaging() has these travel in rounds of "
+                "their own: leave one of the two out"
+            )
         local = own_training(round, client_optimizer, local_work, "reconstruction()")
 
         def init(key, data, params=None):

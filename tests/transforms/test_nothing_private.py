@@ -96,7 +96,7 @@ def test_what_would_send_it_is_refused_and_says_what_to_do(late):
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("lag_ps", "messages, but .* encoded"), ("partial_averaging", "messages, but"), ("one_shot", "whole models")],
+    [("lag_ps", "messages, but .* encoded"), ("partial_averaging", "a period of 0"), ("one_shot", "whole models")],
 )
 def test_what_keeps_or_encodes_whole_models_is_refused(name, why):
     with pytest.raises(ValueError, match=why):

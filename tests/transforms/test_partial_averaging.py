@@ -10,6 +10,7 @@ import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from algorithms.fedsgd import fedsgd
 from algorithms.scaffold import scaffold
+from fedjax_lab.round import nbytes
 from fedjax_lab.transforms import local_gradients, partial_averaging, periods
 from tests.problems import (
     assert_close,
@@ -110,7 +111,7 @@ def test_one_who_was_away_takes_what_was_averaged_meanwhile():
     assert_same_bits(start["w"], process.params(state)["w"])
     assert_same_bits(start["b"], before.own.params["b"])
     assert np.abs(start["b"] - process.params(state)["b"]).max() > 1e-3
-    assert int(message.inner.length) == W
+    assert int(nbytes(message.inner)) == W
 
 
 @pytest.mark.slow
