@@ -1,15 +1,15 @@
 """CFL (Sattler, Mueller and Samek, "Clustered Federated Learning: Model-Agnostic Distributed Multitask Optimization
 under Privacy Constraints", IEEE Transactions on Neural Networks and Learning Systems 2020, algorithms 1
-and 2).
+to 3).
 
 FedAvg until it settles; where clients still pull in different directions, their cluster is divided in two by the
-cosine similarity of their updates, and so on: :func:`fedjax_lab.transforms.split_clusters`. Kept per client: nothing;
-the server keeps its cluster. Travels: a model each way. All clients should take part in every round
-(``fl.everyone()``).
+cosine similarity of their updates, and so on: :func:`fedjax_lab.transforms.split_clusters`. Who comes later goes down
+the tree of divisions by its updates. Kept per client: nothing; the server keeps its cluster, and of each division the
+model and two directions. Travels: a model each way. All clients should take part in every round (``fl.everyone()``).
 
-Deviations: at most ``max_clusters`` models, so that the state has a fixed shape; a client that is absent when its
-cluster is divided stays with the half that keeps the number; new clients start from the root of the tree and
-don't go down it.
+Deviations: at most ``max_clusters`` models, so that the state has a fixed shape; down the tree it goes by the mean
+direction of each half's updates, where the paper keeps them all and goes by the most similar one; that works for
+clients that missed a division as it does for new ones.
 """
 
 from typing import Any

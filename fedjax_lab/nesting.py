@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab.aggregators import within
-from fedjax_lab.round import Env, Message, Round, identity, through
+from fedjax_lab.round import ClientOutput, Env, Message, Round, identity, through
 
 
 def nested(round: Round, *, message: bool = True, client: bool = False, **parts: Any) -> Round:
@@ -48,3 +48,14 @@ def first_message(round: Round, server: Any, state: Any, client: Any) -> Message
         plain = hasattr(client, "_replace")  # the oracle's
         client = client._replace(env=env) if plain else dataclasses.replace(client, env=env)
     return round.broadcast(server, state, client, jax.random.key(0))
+
+
+def first_turn(round: Round, server: Any, data: Any) -> tuple[ClientOutput, Message, Env]:
+    """What client 0 answers in round 0 if it is alone there, for the shapes: to be traced, not run."""
+    one, here = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
+    key = jax.random.key(0)
+    env = Env(jnp.int32(0), key, one, here, here, jnp.int32(data.num_clients), jnp.int32(1))
+    client = data.view(jnp.int32(0), env)
+    state = round.init_client(server, client)
+    message = round.broadcast(server, state, client, key)
+    return round.client_update(message, state, client, key), message, env

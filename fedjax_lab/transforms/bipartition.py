@@ -11,9 +11,14 @@ LINKAGES = ("single", "complete")
 
 def cosines(updates: jax.Array) -> jax.Array:
     """Cosine similarities ``[n, n]`` of rows ``[n, d]``; 0 with a row of zeros."""
+    unit = directions(updates)
+    return unit @ unit.T
+
+
+def directions(updates: jax.Array) -> jax.Array:
+    """Rows ``[n, d]`` made of length 1; rows of zeros stay."""
     norms = jnp.linalg.norm(updates, axis=1, keepdims=True)
-    directions = updates / jnp.where(norms > 0, norms, 1)
-    return directions @ directions.T
+    return updates / jnp.where(norms > 0, norms, 1)
 
 
 def bipartition(

@@ -8,9 +8,11 @@ from jax.core import Tracer
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
+from fedjax_lab.nesting import first_turn
 from fedjax_lab.round import Aggregator, Env, Round, Transform, through
-from fedjax_lab.transforms import stacked
-from fedjax_lab.transforms.bipartition import LINKAGES, bipartition, cosines
+from fedjax_lab.transforms import split_tree, stacked
+from fedjax_lab.transforms.bipartition import LINKAGES, bipartition, cosines, directions
+from fedjax_lab.transforms.split_tree import Places, Tree
 from fedjax_lab.turn import select
 
 PyTree = Any
@@ -20,17 +22,23 @@ class SplitServer(NamedTuple):
     """The server's clusters.
 
     Attributes:
-      models: the inner server's state of each cluster, ``[max_clusters + 1, ...]``; the last is the one before
-        the first division, for clients that are not of the population.
-      cluster: ``int32[population]``, each client's.
+      models: the inner server's state of each cluster, ``[max_clusters, ...]``.
+      tree: the divisions that were made.
+      places: where each client of the population is.
       count: ``int32[]``, how many clusters there are.
       round: ``int32[]``, rounds done.
     """
 
     models: PyTree
-    cluster: jax.Array
+    tree: Tree
+    places: Places
     count: jax.Array
     round: jax.Array
+
+    @property
+    def cluster(self) -> jax.Array:
+        """The number of each client's cluster, ``int32[population]``."""
+        return self.places.cluster
 
 
 class Collected(NamedTuple):
@@ -61,7 +69,7 @@ def split_clusters(
     linkage: str = "single",
 ) -> Transform:
     """Divide clusters of clients in two whose updates disagree (CFL, Sattler, Mueller and Samek, "Clustered Federated
-    Learning: Model-Agnostic Distributed Multitask Optimization under Privacy Constraints", 2020, algorithms 1 and 2).
+    Learning: Model-Agnostic Distributed Multitask Optimization under Privacy Constraints", 2020, algorithms 1 to 3).
 
     All clients begin in one cluster. A cluster whose mean update has become short, ``|mean| < eps1``, while a member's
     is long, ``max |update| > eps2``, has settled where it doesn't suit its members: it is divided by the cosine
@@ -70,10 +78,11 @@ def split_clusters(
     kept on the server. Travels: what the inner round sends, each way. The server looks at every client's own
     update, so that an ``fl.uplink`` around it can't hide them in a sum.
 
-    The paper's clients take part in every round, and so they should here, with ``fl.everyone()``. A client that is
-    absent when its cluster is divided stays with the half that keeps the cluster's number, right or wrong; with a
-    sampled cohort that would be most of them. A client that is not of the population uses the model from before
-    the first division, the root of the paper's tree; the paper goes on down the tree by such a client's updates.
+    A client that comes to a cluster after its division goes down the tree (algorithm 3): it is sent the model as it
+    was, and goes on to the half whose updates its own is closer to; that update moves no model. So do newcomers
+    (``fl.cold_start``), one division in each of their rounds, and clients that were absent when their cluster was
+    divided. The paper goes by the most similar update of each half; here it is the mean of their directions,
+    so that the server needn't keep every update.
 
     The server's metrics: ``clusters``, and over clusters ``largest_mean_update`` and ``longest_update``, by which to
     choose eps1 and eps2. ``process.params`` gives the first cluster's model; all are in
@@ -111,31 +120,46 @@ def split_clusters(
         _check(round)
         inner, model = round.aggregate, round.model
 
+        def alone(upload, message, env):
+            """What a client would change if it were the only one."""
+            return flat_update(inner.finish(inner.lift(upload, jnp.float32(1), message, env), env))
+
+        def update_of_one(server, data):
+            output, message, env = first_turn(round, server, data)
+            return alone(output.upload, message, env)
+
         def init(key, data, params=None):
             one = round.init(key, data, params)
-            models = jax.tree.map(lambda x: jnp.stack([x] * (slots + 1)), one)
-            return SplitServer(models, jnp.zeros(data.num_clients, jnp.int32), jnp.int32(1), jnp.int32(0))
+            models = jax.tree.map(lambda x: jnp.stack([x] * slots), one)
+            size = jax.eval_shape(update_of_one, one, data).size
+            places = Places(*(jnp.zeros(data.num_clients, jnp.int32) for _ in Places._fields))
+            tree = split_tree.seed(one, size, slots - 1)
+            return SplitServer(models, tree, places, jnp.int32(1), jnp.int32(0))
 
         def own(server, client):
-            """The inner server of a client's cluster."""
-            known = (client.id >= 0) & (client.id < server.cluster.shape[0])
-            seat = jnp.clip(client.id, 0, server.cluster.shape[0] - 1)
-            return stacked.pick(server.models, jnp.where(known, server.cluster[seat], slots))
+            """The inner server that a client is to work with."""
+            # Whoever is not of the population is at the root.
+            place = jax.tree.map(lambda x: x.at[client.id].get(mode="fill", fill_value=0), server.places)
+            known = jax.tree.map(lambda x: jnp.where(client.id >= 0, x, 0), place)
+            return split_tree.model_for(server.tree, server.models, *split_tree.where(server.tree, known, server.count))
 
         def reduce(uploads, weights, ok, messages, env):
             def one(upload, weight, ok, message):
                 lifted = inner.lift(upload, weight, message, env)
-                alone = inner.finish(inner.lift(upload, jnp.float32(1), message, env), env)
                 zeros = lambda tree: jax.tree.map(lambda x: jnp.where(ok, x, jnp.zeros_like(x)), tree)
-                return zeros(lifted), zeros(flat_update(alone))
+                return zeros(lifted), zeros(alone(upload, message, env))
 
             lifted, updates = jax.vmap(one)(uploads, weights, ok, messages)
             return Collected(lifted, updates, weights, ok, env)
 
         def server_update(server, collected, key):
             env, ok, updates = collected.env, collected.ok, collected.updates
-            cluster = server.cluster.at[env.ids].get(mode="fill", fill_value=slots)
-            cluster = jnp.where(ok, cluster, slots + 1)
+            here = jax.tree.map(lambda x: x.at[env.ids].get(mode="fill", fill_value=0), server.places)
+            find = lambda places: split_tree.where(server.tree, places, server.count)
+            member, asked, division = jax.vmap(find)(here)
+            chosen = split_tree.choose(server.tree, here, member, division, updates)
+            # Whoever is asked about an old division, or didn't answer, moves no cluster.
+            cluster = jnp.where(ok & ~asked, member, slots)
             means, lengths = _lengths(updates, collected.weights, cluster, slots)
             members = _per_cluster(ok.astype(jnp.int32), cluster, slots)
             settled = (means < eps1) & (lengths > eps2) & (members > 2) & (server.round >= min_rounds)
@@ -144,18 +168,24 @@ def split_clusters(
             # New clusters get the next numbers, as far as there are any.
             number = server.count + jnp.cumsum(settled) - 1
             divided = settled & (number < slots)
-            moved = second & divided[jnp.clip(cluster, 0, slots - 1)]
-            after = jnp.where(moved, number[jnp.clip(cluster, 0, slots - 1)], cluster)
+            seat = jnp.clip(cluster, 0, slots - 1)
+            taking = divided[seat] & (cluster < slots)
+            moved = second & taking
+            after = jnp.where(moved, number[seat], cluster)
+            tree = split_tree.grown(
+                server.tree, server.models, _halves(updates, cluster, second, slots), divided, number
+            )
             models = _grown(server.models, divided, number, slots)
             models, metrics = _served(round, models, collected, after, key, slots)
             count = server.count + jnp.sum(divided)
-            # The root goes on with the first cluster for as long as that is all there is.
-            root = select(count == 1, stacked.pick(models, 0), stacked.pick(server.models, slots))
-            models = stacked.replaced(models, slots, root)
-            everyone = server.cluster.at[jnp.where(moved, env.ids, server.cluster.shape[0])].set(after, mode="drop")
+            stay = Places(member, here.parent, jnp.where(taking, number[seat], here.passed))
+            moves = Places(after, member, number[seat])
+            placed = jax.vmap(select)(moved, moves, jax.vmap(select)(asked, chosen, stay))
+            rows = jnp.where(ok & (asked | taking), env.ids, server.cluster.shape[0])
+            places = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), server.places, placed)
             found = {"clusters": count.astype(jnp.float32), "largest_mean_update": jnp.max(means)}
             found["longest_update"] = jnp.max(lengths)
-            return SplitServer(models, everyone, count, server.round + 1), metrics | found
+            return SplitServer(models, tree, places, count, server.round + 1), metrics | found
 
         inside = lambda server: stacked.pick(server.models, 0)
         put = lambda server, part: server._replace(models=stacked.replaced(server.models, 0, part))
@@ -204,9 +234,20 @@ def _lengths(updates: jax.Array, weights: jax.Array, cluster: jax.Array, slots: 
     return jnp.linalg.norm(mean, axis=1), longest
 
 
+def _halves(updates: jax.Array, cluster: jax.Array, second: jax.Array, slots: int) -> jax.Array:
+    """The mean direction of the updates of each cluster's halves, ``float32[slots, 2, d]``."""
+
+    def mean(half):
+        own = jnp.where(half, cluster, slots)
+        total = _per_cluster(directions(updates), own, slots)
+        return total / jnp.maximum(_per_cluster(jnp.ones(len(own)), own, slots), 1)[:, None]
+
+    return jnp.stack([mean(~second), mean(second)], axis=1)
+
+
 def _grown(models: PyTree, divided: jax.Array, number: jax.Array, slots: int) -> PyTree:
     """The models, with that of each divided cluster copied to its new number."""
-    source = jnp.arange(slots + 1).at[jnp.where(divided, number, slots + 1)].set(jnp.arange(slots), mode="drop")
+    source = jnp.arange(slots).at[jnp.where(divided, number, slots)].set(jnp.arange(slots), mode="drop")
     return stacked.pick(models, source)
 
 
@@ -220,9 +261,7 @@ def _served(round: Round, models: PyTree, collected: Collected, cluster: jax.Arr
         aggregate = round.aggregate.finish((value, below), env._replace(survivors=survivors))
         return round.server_update(server, aggregate, key)
 
-    within = jax.tree.map(lambda x: x[:slots], models)
-    new, metrics = jax.vmap(one)(within, value, below, counts, jax.random.split(key, slots))
-    kept = jax.vmap(select)(counts > 0, new, within)
-    whole = jax.tree.map(lambda x, new: x.at[:slots].set(new), models, kept)
+    new, metrics = jax.vmap(one)(models, value, below, counts, jax.random.split(key, slots))
+    whole = jax.vmap(select)(counts > 0, new, models)
     share = counts / jnp.maximum(jnp.sum(counts), 1)
     return whole, {name: jnp.sum(share * values) for name, values in metrics.items()}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
+from fedjax_lab.nesting import first_turn
 from fedjax_lab.round import Aggregator, Env, Round, Transform, identity, marked, through, unmarked
 from fedjax_lab.wire.base import Ctx, Like, Wire, as_opened, float_norm, shapes, stateless, undo
 from fedjax_lab.wire.chaining import chain
@@ -250,8 +251,13 @@ def _wrapped(round: Round, wire: Wire, client_update, aggregate, server_update, 
         server = round.init(key, data, params)
         if wire.init is stateless and wire.init_client is stateless:
             return UplinkServer(server, ())
+
+        def example(server, data):
+            output, message, env = first_turn(round, server, data)
+            return encoded(output, Uplinked(message, ()), env)
+
         # The data as an argument: their shapes are enough, and no array of them is looked at.
-        like = jax.eval_shape(lambda server, data: _example(round, server, data, encoded), server, data)
+        like = jax.eval_shape(example, server, data)
         return UplinkServer(server, wire.init(like), Like.of(like))
 
     def init_client(server, client):
@@ -276,17 +282,6 @@ def _wrapped(round: Round, wire: Wire, client_update, aggregate, server_update, 
         view=round.view and through(inside, put, round.view),
         traits=round.traits | {"encoded"},
     )
-
-
-def _example(round: Round, server, data, encoded) -> PyTree:
-    """What one client's wire is given, for its shapes alone."""
-    key = jax.random.key(0)
-    one, here = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-    env = Env(jnp.int32(0), key, one, here, here, jnp.int32(data.num_clients), jnp.int32(1))
-    client = data.view(jnp.int32(0), env)
-    state = round.init_client(server, client)
-    message = round.broadcast(server, state, client, key)
-    return encoded(round.client_update(message, state, client, key), Uplinked(message, ()), env)
 
 
 def _output(out, payload: PyTree, kept: PyTree, size: Any, before: PyTree):

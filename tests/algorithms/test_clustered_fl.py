@@ -95,19 +95,14 @@ def pseudo_code(rounds):
     return path
 
 
+def cfl(**others):
+    rule = {"max_clusters": 4, "eps1": EPS1, "eps2": EPS2, "min_rounds": WAIT}
+    return clustered_fl(quadratic_model(), optax.sgd(ETA), steps=TAU, batch_size=None, **rule | others)
+
+
 def test_it_divides_recursively_as_in_algorithm_2():
     data, _, b, sizes = problem()
-    round = clustered_fl(
-        quadratic_model(),
-        optax.sgd(ETA),
-        max_clusters=4,
-        eps1=EPS1,
-        eps2=EPS2,
-        min_rounds=WAIT,
-        steps=TAU,
-        batch_size=None,
-    )
-    process, path = fl.synchronous(round, data), pseudo_code(40)
+    process, path = fl.synchronous(cfl(), data), pseudo_code(40)
     state, metrics, root = process.init(jax.random.key(0)), {}, None
     for cluster, models in path:
         state, metrics = process.step(state, process.data)
@@ -128,16 +123,49 @@ def test_it_divides_recursively_as_in_algorithm_2():
     np.testing.assert_allclose(stranger.params, root, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_whoever_is_absent_from_a_division_keeps_the_clusters_number():
-    data, *_ = problem()
-    round = clustered_fl(
-        quadratic_model(), optax.sgd(ETA), max_clusters=2, eps1=0.6, eps2=0.7, min_rounds=0, steps=TAU, batch_size=None
+def test_whoever_was_absent_goes_down_the_tree_without_moving_a_model():
+    """Clients 6 and 7, of groups 1 and 0, miss the division of round 0 and come back in round 1."""
+    data, A, b, sizes = problem()
+    here = jnp.array([[k not in (6, 7) for k in range(9)], [True] * 9])
+    sampler = fl.Sampler(
+        lambda data: jnp.int32(0),
+        lambda s, key, data, probe: (jnp.arange(9), here[jnp.minimum(s, 1)], s + 1),
+        lambda state, ids, ok, metrics: state,
     )
-    process = fl.synchronous(round, data, fl.fixed([0, 1, 2, 3, 4, 5, 8]))  # without 6 and 7, of groups 1 and 0
+    process = fl.synchronous(cfl(max_clusters=2, eps1=0.6, eps2=0.7, min_rounds=0), data, sampler)
     state, metrics = steps(process, 1)
     assert float(metrics["clusters"]) == 2
     np.testing.assert_array_equal(process.server(state).cluster, [0, 1, 1, 0, 1, 1, 0, 0, 1])
+    before = process.server(state).models.variables.params
+    for k, expected in ((6, np.zeros(3)), (2, before[1]), (0, before[0])):
+        sent = process.round.broadcast(process.server(state), (), process.data.view(jnp.int32(k)), jax.random.key(0))
+        np.testing.assert_allclose(sent.params, expected, atol=1e-6)
+    state, _ = process.step(state, process.data)
+    server = process.server(state)
+    np.testing.assert_array_equal(server.cluster, np.array(GROUPS) != 0)
+    pull = np.eye(3) - np.linalg.matrix_power(np.eye(3) - ETA * A, TAU)
+    for c, mine in ((0, [0, 3]), (1, [1, 2, 4, 5, 8])):  # as if 6 and 7 had not come yet
+        center = np.average(b[mine], axis=0, weights=sizes[mine])
+        np.testing.assert_allclose(
+            server.models.variables.params[c], before[c] - pull @ (before[c] - center), atol=1e-5
+        )
+    sent = process.round.broadcast(server, (), process.data.view(jnp.int32(6)), jax.random.key(0))
+    np.testing.assert_array_equal(sent.params, server.models.variables.params[1])
+
+
+def test_newcomers_find_their_cluster_in_as_many_rounds_as_it_was_divided():
+    process = fl.synchronous(cfl(), problem()[0])
+    state, _ = steps(process, 40)
+    A = np.diag([0.5, 1.0, 0.8])
+    row = lambda b: {"A": np.float32(A)[None], "b": np.float32(b)[None]}
+    new = fl.FederatedData.from_clients({f"new {g}": row(CENTERS[g]) for g in range(3)})
+    found = {rounds: fl.cold_start(new, new, rounds=rounds)(process, state) for rounds in (1, 2)}
+    params, cluster = process.server(state).models.variables.params, process.server(state).cluster
+    off = [np.asarray(params[cluster[GROUPS.index(g)]]) - CENTERS[g] for g in range(3)]
+    own = [0.5 * d @ A @ d for d in off]
+    assert found[2]["unseen_joined_loss"] == pytest.approx(np.mean(own), rel=1e-4)
+    assert found[1]["unseen_joined_loss"] > 10 * np.mean(own)
+    assert found[2]["unseen_personal_loss"] > found[1]["unseen_joined_loss"]
 
 
 BASE = fedavg(softmax_model(), optax.sgd(0.1))
