@@ -157,7 +157,7 @@ def test_newcomers_find_their_cluster_in_as_many_rounds_as_it_was_divided():
     process = fl.synchronous(cfl(), problem()[0])
     state, _ = steps(process, 40)
     A = np.diag([0.5, 1.0, 0.8])
-    row = lambda b: {"A": np.float32(A)[None], "b": np.float32(b)[None]}
+    row = lambda b: {"A": A[None].astype(np.float32), "b": b[None].astype(np.float32)}
     new = fl.FederatedData.from_clients({f"new {g}": row(CENTERS[g]) for g in range(3)})
     found = {rounds: fl.cold_start(new, new, rounds=rounds)(process, state) for rounds in (1, 2)}
     params, cluster = process.server(state).models.variables.params, process.server(state).cluster
