@@ -33,4 +33,5 @@ def feddane(model: fl.Model, client_optimizer: fl.ClientOptimizer, *, mu: Any, *
         return fl.chain_tilts(fl.shift(lambda params: difference), fl.proximal(mu, received.params))
 
     base = fedavg(model, client_optimizer, **fl.transforms.idle_in_even_rounds(local_work))
-    return fl.compose(base, fl.transforms.gradient_rounds(correct))
+    made = fl.compose(base, fl.transforms.gradient_rounds(correct))
+    return made._replace(local=fedavg(model, client_optimizer, **local_work).local)  # which idles in no round

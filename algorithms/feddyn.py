@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
+from fedjax_lab.ownership import shared
 
 
 class FedDynServer(NamedTuple):
@@ -62,9 +63,9 @@ def feddyn(
         return FedDynServer(inner, zeros(inner), fl.mean_weight(weighting, data))
 
     def client_update(message, state, client, key, tilt=fl.identity):
-        linear = fl.shift(lambda params: jax.tree.map(jnp.negative, state.g))
-        regulariser = fl.chain_tilts(linear, fl.proximal(alpha, message.params))
-        out = base.client_update(message, state.inner, client, key, fl.chain_tilts(regulariser, tilt))
+        linear = fl.shift(lambda params: jax.tree.map(jnp.negative, shared(client, state.g)))
+        regularised = fl.chain_tilts(tilt, linear, fl.proximal(alpha, message.params))
+        out = base.client_update(message, state.inner, client, key, regularised)
         g = jax.tree.map(lambda g, u: (g - alpha * u).astype(g.dtype), state.g, out.upload.params)
         return out._replace(state=FedDynClient(out.state, g))
 
@@ -85,4 +86,5 @@ def feddyn(
         client_update=client_update,
         aggregate=both._replace(lift=lambda upload, *rest: both.lift((upload, upload.params), *rest)),
         server_update=server_update,
+        traits=base.traits | {"remembering"},
     )

@@ -62,4 +62,6 @@ def fedlin(
 
         return fl.chain_tilts(fl.shift(lambda params: difference), slow)
 
-    return fl.compose(base, fl.transforms.gradient_rounds(correct))
+    made = fl.compose(base, fl.transforms.gradient_rounds(correct))
+    alone = fedavg(model, client_optimizer, epochs=epochs, steps=steps, batch_size=batch_size, **options)
+    return made._replace(local=alone.local)  # which idles in no round

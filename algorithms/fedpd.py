@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 import fedjax_lab as fl
 from algorithms.fedavg import FedAvgState, fedavg
+from fedjax_lab.ownership import shared, where_own
 
 
 class FedPDServer(NamedTuple):
@@ -77,12 +78,12 @@ def fedpd(
         plus = lambda x, lam: jax.tree.map(lambda x, d: (x + eta * d).astype(x.dtype), x, lam)
 
         def primal_dual(x_0, x, lam, model_state, key):
-            lagrangian = fl.chain_tilts(fl.shift(lambda params: lam), fl.proximal(1 / eta, x_0), tilt)
+            lagrangian = fl.chain_tilts(tilt, fl.shift(lambda params: lam), fl.proximal(1 / eta, x_0))
             run = base.local(fl.Variables(x, model_state), client, key, lagrangian)
             x = run.variables.params
             rate = jnp.where(run.steps > 0, 1 / eta, 0)
             lam = jax.tree.map(lambda d, x, c: (d + rate * (x - c)).astype(d.dtype), lam, x, x_0)
-            return run, lam
+            return run, shared(client, lam)
 
         def skipped(i, carry):
             x_0, x, lam, model_state = carry
@@ -90,7 +91,9 @@ def fedpd(
             x, model_state = run.variables
             return plus(x, lam), x, lam, model_state
 
-        x_0, x, lam, model_state = message.params, state.x, state.lam, message.model_state
+        # What is the client's own comes with the message, as whoever keeps it made it.
+        x_0, x, lam = message.params, where_own(client, message.params, state.x), shared(client, state.lam)
+        model_state = message.model_state
         if not isinstance(p, int | float) or p > 0:
             # The same number for everyone: it is drawn from the round's public key.
             count = jax.random.geometric(jax.random.fold_in(client.env.key, 0x5C1), 1 - p) - 1
@@ -122,4 +125,5 @@ def fedpd(
         client_update=client_update,
         aggregate=fl.aggregators.pair(fl.aggregators.pair(everyone, fl.aggregators.mean()), everyone),
         server_update=server_update,
+        traits=base.traits | {"remembering"},
     )

@@ -43,7 +43,8 @@ def mime(model: fl.Model, base_optimizer: optax.GradientTransformation, **local_
         s = select(aggregate[-1], advanced(base_optimizer, server.inner, server.gradient), server.inner.s)
         return new._replace(inner=new.inner._replace(s=s)), metrics
 
-    return round._replace(broadcast=broadcast, server_update=server_update)
+    alone = with_statistics(model, base_optimizer, local_work)  # which idles in no round
+    return round._replace(broadcast=broadcast, server_update=server_update, local=alone.local)
 
 
 def corrected(received: fl.Variables, c: Any, own: Any, client: fl.ClientData, key: jax.Array) -> fl.Tilt:

@@ -91,6 +91,8 @@ def virtual(
         everything, or the model's state.
     """
     _check(prior_scale, damping, samples, kl_weight, predictions)
+    if private is not None:
+        fl.checks.predicate(private, "private")
     model = vi.bayesian(model, predictions)
     local = fl.local_training(model, client_optimizer, **local_work)
     if model.init_from is None:

@@ -64,6 +64,7 @@ from fedjax_lab.round import (
     compose,
     identity,
     nbytes,
+    projection,
     proximal,
     shift,
 )

@@ -202,6 +202,15 @@ def finite(value: Any, name: str) -> None:
         raise ValueError(f"{name} must be a finite number; got {shown(value)}")
 
 
+def predicate(value: Any, name: str = "predicate") -> None:
+    """Refuse a predicate of leaves that isn't a function."""
+    if not callable(value):
+        raise ValueError(
+            f"{name} must be a function of a leaf's path, such as fl.transforms.leaves('params/output/*'); "
+            f"got {shown(value)}"
+        )
+
+
 def absent(options: dict[str, Any], name: str, why: str) -> None:
     """Refuse an option that is switched on although it makes no sense here."""
     if options.get(name):

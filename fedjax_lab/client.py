@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedjax_lab import checks, shuffle
 
@@ -26,6 +27,7 @@ class ClientData:
       max_size: a static bound of ``size`` over the population.
       tile: static, how many rows :meth:`fold` best reads at once when order doesn't matter.
       population: static, the number of clients; ``None`` outside a round.
+      own: static, predicates of the parameters that are its own (:mod:`fedjax_lab.ownership`).
     """
 
     arrays: PyTree
@@ -40,6 +42,7 @@ class ClientData:
     tile: int = dataclasses.field(metadata={"static": True})
     shuffled: bool = dataclasses.field(default=False, metadata={"static": True})
     population: int | None = dataclasses.field(default=None, metadata={"static": True})
+    own: tuple[Callable[[str], bool], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def take(self, positions: jax.Array) -> PyTree:
         """The examples at ``positions`` of this view, ``int[n]`` -> leaves ``[n, ...]``.
@@ -74,8 +77,7 @@ class ClientData:
         The first part has ``fraction`` of the examples, both at least one if there are two.
         """
         checks.shares(fraction)
-        count = jnp.floor(fraction * self.size + 0.5).astype(jnp.int32)
-        count = jnp.clip(count, jnp.minimum(self.size, 1), jnp.maximum(self.size - 1, jnp.minimum(self.size, 1)))
+        count = first_of(self.size, fraction)
         top = min(max(int(fraction * self.max_size + 0.5), 1), self.max_size)
         rest = max(self.max_size - min(int(fraction * self.max_size), max(self.max_size - 1, 0)), 1)
         return self._range(0, count, top), self._range(count, self.size - count, min(rest, self.max_size))
@@ -156,3 +158,16 @@ class ClientData:
             return jax.tree.map(lambda a, b: jnp.where(t < trips, a, b), new, carry), None
 
         return jax.lax.scan(masked, carry, jnp.arange(bound))[0]
+
+
+def first_of(size: Any, fraction: float) -> Any:
+    """How many of ``size`` examples, ``int32``, are in the first part of :meth:`ClientData.split`."""
+    xp: Any = jnp if isinstance(size, jax.Array) else np
+    count = xp.floor(np.float32(fraction) * xp.asarray(size, np.float32) + np.float32(0.5)).astype(np.int32)
+    few = xp.minimum(size, 1)
+    return xp.clip(count, few, xp.maximum(size - 1, few))
+
+
+def of_second_part(data: Any, fraction: float) -> Any:
+    """The population with the sizes that the second parts of :meth:`ClientData.split` have, for what weighs by them."""
+    return dataclasses.replace(data, sizes=data.sizes - first_of(data.sizes, fraction))

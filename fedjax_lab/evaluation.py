@@ -124,7 +124,8 @@ def client_metrics(test: FederatedData, support: FederatedData | None = None, *,
         elif (made := compiled.get(id(process.round))) is None:
             made = compiled[id(process.round)] = make(process)
         _, home, here, adapt, function = made
-        sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home)
+        number = jnp.asarray(getattr(state, "round", 0), jnp.int32)  # schedules over rounds go by it
+        sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home, number)
         return ClientMetrics(values, sizes)
 
     return Evaluation(arrays, lambda metrics: metrics)
@@ -155,7 +156,7 @@ def _compile(process: Process, personal: bool, sizes: np.ndarray, specs: PyTree,
     round, mesh = process.round, process.mesh
 
     @jax.jit
-    def function(server, clients: ClientStates, train, test, support, home):
+    def function(server, clients: ClientStates, train, test, support, home, number):
         def made(beside):
             train, support, home = beside
 
@@ -175,7 +176,7 @@ def _compile(process: Process, personal: bool, sizes: np.ndarray, specs: PyTree,
             states = ClientStates(rows, clients.known[seat] & (home >= 0))
         key = jax.random.key(0)
         everybody = jnp.arange(test.num_clients)
-        env = make_env(jnp.int32(0), key, everybody, jnp.ones(test.num_clients, bool), test.num_clients)
+        env = make_env(number, key, everybody, jnp.ones(test.num_clients, bool), test.num_clients)
         answers = run_cohort(
             made, server, states, test, env, key,
             mesh=mesh, sizes=sizes, data_specs=specs,

@@ -30,6 +30,7 @@ class PlainClient(NamedTuple):
     max_size: int
     tile: int
     order: tuple[int, ...] | None = None  # of a split's part: which of the arrays' rows, in which order
+    own: tuple = ()
 
     def take(self, positions) -> PyTree:
         rows = np.clip(np.asarray(positions), 0, max(self.size - 1, 0))

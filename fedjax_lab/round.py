@@ -221,15 +221,32 @@ def compose(round: Round, *transforms: Transform) -> Round:
     return round
 
 
-def chain_tilts(*tilts: Tilt) -> Tilt:
-    """Apply tilts in reading order: the last is outermost."""
+@dataclasses.dataclass(frozen=True)
+class Tilts:
+    """A tilt made of others: ``changes`` of the objective, in order, then ``projections``."""
 
-    def tilt(oracle: Oracle) -> Oracle:
-        for each in tilts:
+    changes: tuple[Tilt, ...]
+    projections: tuple[Tilt, ...] = ()
+
+    def __call__(self, oracle: Oracle) -> Oracle:
+        for each in (*self.changes, *self.projections):
             oracle = each(oracle)
         return oracle
 
-    return tilt
+
+def chain_tilts(*tilts: Tilt) -> Tilt:
+    """Apply tilts in reading order, the last is outermost; but a :func:`projection` goes behind all that are none.
+
+    What corrects gradients towards the others' (control variates) belongs behind the tilts of transforms further
+    out: these change the objective, whose gradient it is that is corrected.
+    """
+    parts = [tilt if isinstance(tilt, Tilts) else Tilts((tilt,)) for tilt in tilts]
+    return Tilts(sum((part.changes for part in parts), ()), sum((part.projections for part in parts), ()))
+
+
+def projection(tilt: Tilt) -> Tilt:
+    """A tilt that says what may move at all, whatever the gradient: held leaves, entries that aren't there."""
+    return Tilts((), (tilt,))
 
 
 def shift(correction: Callable[[PyTree], PyTree]) -> Tilt:

@@ -81,6 +81,11 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
             )
         if k == 1:
             return round
+        if "remembering" in round.traits:
+            raise ValueError(
+                "clusters() lets clients go from one model to another, but this Round corrects them by what it "
+                "remembers of one (control variates, dual variables): put it over a Round without"
+            )
         sent = received_model(round, "clusters()")
         number = jnp.uint8 if k <= 256 else jnp.int32
 

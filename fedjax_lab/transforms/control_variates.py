@@ -11,6 +11,7 @@ from fedjax_lab.gradients import client_gradient, forget_recorded, mean_recorded
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import add, difference
 from fedjax_lab.nesting import nested
+from fedjax_lab.ownership import shared
 from fedjax_lab.population import mean_weight, population_mean
 from fedjax_lab.round import Round, Trained, Transform, chain_tilts, identity, nbytes, shift
 
@@ -77,8 +78,8 @@ def control_variates(option: str = "II", weighting: Any = "examples", learning_r
             return Controlled(round.broadcast(server.inner, state.inner, client, key), server.c)
 
         def client_update(message, state, client, key, tilt=identity):
-            correction = jax.tree.map(lambda a, b: a - b, message.c, state.c)
-            corrected = chain_tilts(shift(lambda params: correction), tilt)
+            correction = shared(client, jax.tree.map(lambda a, b: a - b, message.c, state.c))
+            corrected = chain_tilts(tilt, shift(lambda params: correction))
             out = round.client_update(message.inner, state.inner, client, key, tilt=corrected)
             if out.trained is None:
                 raise ValueError("control_variates() needs a Round that reports what it trained")
@@ -113,6 +114,7 @@ def control_variates(option: str = "II", weighting: Any = "examples", learning_r
             client_update=client_update,
             aggregate=pair(within(round.aggregate, lambda message: message.inner), population_mean()),
             server_update=server_update,
+            traits=round.traits | {"remembering"},
         )
 
     return transform

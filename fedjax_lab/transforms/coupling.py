@@ -14,6 +14,7 @@ import numpy as np
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import first_message, nested
+from fedjax_lab.ownership import owning
 from fedjax_lab.round import Aggregator, Round, Transform, chain_tilts, identity, proximal
 
 PyTree = Any
@@ -114,7 +115,8 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
                 center = jax.tree.map(jnp.add, center, message.offset)
             pull = proximal(lam, center)
             own = view.set(message.inner, state.own)
-            out = round.client_update(own, state.inner, client, key, tilt=chain_tilts(pull, tilt))
+            alone = owning(client, lambda path: True)
+            out = round.client_update(own, state.inner, alone, key, tilt=chain_tilts(pull, tilt))
             if out.trained is None:
                 raise ValueError("coupling() needs a Round that reports what it trained (ClientOutput.trained)")
             new = out.trained.variables

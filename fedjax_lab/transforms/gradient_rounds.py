@@ -16,6 +16,7 @@ from fedjax_lab.gradients import client_gradient
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import nested
+from fedjax_lab.ownership import where_own
 from fedjax_lab.round import Round, Sometimes, Tilt, Transform, chain_tilts, identity, nbytes
 
 PyTree = Any
@@ -33,6 +34,13 @@ class GradientMessage(NamedTuple):
 
     inner: Any
     gradient: Sometimes
+
+
+class PairedUpload(NamedTuple):
+    """The inner upload of odd rounds, and the gradient of even ones."""
+
+    inner: Any
+    gradient: Any
 
 
 Correct = Callable[[Variables, PyTree, PyTree, ClientData, jax.Array], Tilt]
@@ -77,20 +85,22 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
             training = client.env.round % 2 == 1
             received = view.get(message.inner)
             oracle, once = tilt(gradient_oracle(loss)), jax.random.fold_in(key, 0x6D)
-            passes = 1 if own else jnp.where(training, 0, 1)
+            passes = 1 if own or client.own else jnp.where(training, 0, 1)
             gradient, at_start = client_gradient(oracle, received, client, once, passes)
-            change = correct(received, message.gradient.content, gradient, client, key)
-            out = round.client_update(message.inner, state, client, key, tilt=chain_tilts(change, tilt))
+            # Of what is the client's own nobody else has a gradient: the mean of it is the client's.
+            mean = where_own(client, gradient, message.gradient.content)
+            change = correct(received, mean, gradient, client, key)
+            out = round.client_update(message.inner, state, client, key, tilt=chain_tilts(tilt, change))
             run = out.trained
             if run is not None:
                 stays = select(training, run.variables, run.start)
                 run = run._replace(variables=stays, steps=jnp.where(training, run.steps, 0))
             measured = {"loss": jnp.where(training, out.metrics.get("loss", at_start), at_start)}
             return out._replace(
-                upload=(only(training, out.upload), only(~training, gradient)),
+                upload=PairedUpload(only(training, out.upload), only(~training, gradient)),
                 state=select(training, out.state, state),
                 bytes_up=None if out.bytes_up is None else jnp.where(training, out.bytes_up, nbytes(gradient)),
-                parts=(training if out.parts is None else only(training, out.parts), ~training),
+                parts=PairedUpload(training if out.parts is None else only(training, out.parts), ~training),
                 metrics=out.metrics | measured,
                 trained=run,
             )

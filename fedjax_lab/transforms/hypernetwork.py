@@ -276,6 +276,11 @@ def _unchangeable(server: HyperServer, variables: Variables) -> HyperServer:
 
 
 def _check_round(round: Round) -> None:
+    if "remembering" in round.traits:
+        raise ValueError(
+            "hypernetwork() makes each client's model anew, but this Round corrects them by what it remembers of one "
+            "(control variates, dual variables): put it over a Round without"
+        )
     if round.model is None or round.view is None:
         raise ValueError("hypernetwork() makes the models that clients are sent, but this Round sends none")
     if {"many_models", "sub_models"} & round.traits:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjax_lab import checks, shuffle
-from fedjax_lab.client import ClientData
+from fedjax_lab.client import ClientData, of_second_part
 from fedjax_lab.gradients import client_gradient
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import Model, Variables, add, difference
@@ -227,7 +227,7 @@ def _meta(make: Callable[..., Tilt], adapt, share: float, batch_size: int | None
         def init(key, data, params=None):
             if not isinstance(data.sizes, Tracer) and np.asarray(data.sizes).max() < 2:
                 raise ValueError(f"{who} splits each client's data in two, but no client has two examples")
-            server = round.init(key, data, params)
+            server = round.init(key, of_second_part(data, share), params)
             if form != "first_order" and round.model is not None:
                 rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape[1:]), a.dtype), data.arrays)
                 twice_differentiable(loss, round.model.get(server), rows, who, forward=form == "exact")

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import LocalTraining, Round, Sent, Tilt, Transform, chain_tilts, identity
+from fedjax_lab.ownership import owning
+from fedjax_lab.round import LocalTraining, Round, Sent, Tilt, Transform, chain_tilts, identity, projection
 
 PyTree = Any
 
@@ -58,6 +59,8 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
       ValueError: a Round without a model, or whose uploads are encoded or are parts of one; when the process is built,
         if nothing or everything is private, or messages are encoded.
     """
+
+    checks.predicate(predicate)
 
     def transform(round: Round) -> Round:
         view, model = round.view, round.model
@@ -110,7 +113,7 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
                 run = first(start, client, jax.random.fold_in(key, 0xFE9), tilt=holding(lambda p: not predicate(p)))
                 whole = view.set(whole, merge(keep(predicate, run.variables), start))
                 tilt = chain_tilts(tilt, holding(predicate))
-            out = round.client_update(whole, state.inner, client, key, tilt=tilt)
+            out = round.client_update(whole, state.inner, owning(client, predicate), key, tilt=tilt)
             if out.trained is None:
                 raise ValueError("private() needs a Round that reports what it trained (ClientOutput.trained)")
             part = keep(predicate, out.trained.variables)
@@ -141,7 +144,7 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
 
 
 def holding(predicate: Callable[[str], bool]) -> Tilt:
-    """The tilt that gives the parameters that ``predicate`` names no gradient."""
+    """The projection that gives the parameters that ``predicate`` names no gradient."""
 
     def tilt(oracle):
         def tilted(params, inputs, key):
@@ -151,7 +154,7 @@ def holding(predicate: Callable[[str], bool]) -> Tilt:
 
         return tilted
 
-    return tilt
+    return projection(tilt)
 
 
 def keep(predicate, variables: Variables) -> Variables:

@@ -11,7 +11,7 @@ from fedjax_lab import checks
 from fedjax_lab.aggregators import within
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import nested
-from fedjax_lab.round import Lens, Round, Sent, Transform, chain_tilts, identity, marked, nbytes
+from fedjax_lab.round import Lens, Round, Sent, Transform, chain_tilts, identity, marked, nbytes, projection
 from fedjax_lab.transforms.submodels import restricted
 
 PyTree = Any
@@ -119,7 +119,9 @@ def pruning(
             mask = _unpacked(sent.kept, like, prunable(like))
             whole = jax.tree.map(lambda x, m: jnp.ones_like(x, bool) if m is None else m, like.params, mask.params)
             only = restricted(whole)
-            out = round.client_update(sent.inner, state.inner, client, key, tilt=chain_tilts(only, tilt, only))
+            out = round.client_update(
+                sent.inner, state.inner, client, key, tilt=chain_tilts(only, tilt, projection(only))
+            )
             upload, mask = masked(sent.kept, like, out.upload)
             return out._replace(
                 upload=upload,

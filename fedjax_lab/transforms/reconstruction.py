@@ -8,8 +8,10 @@ import numpy as np
 from jax.core import Tracer
 
 from fedjax_lab import checks
+from fedjax_lab.client import of_second_part
 from fedjax_lab.local import ClientOptimizer
 from fedjax_lab.models.base import Model, Variables, initial_variables
+from fedjax_lab.ownership import owning
 from fedjax_lab.round import Round, Transform, chain_tilts, identity
 from fedjax_lab.transforms.personal import own_training
 from fedjax_lab.transforms.private import fill, holding, keep, merge, not_encoded, splits, strip
@@ -53,6 +55,7 @@ def reconstruction(
         another model.
     """
     checks.model(model)
+    checks.predicate(predicate)
     if isinstance(support, bool) or not isinstance(support, float) or not 0 < support < 1:
         raise ValueError(f"support must be a share between 0 and 1, such as 0.5; got {checks.shown(support)}")
 
@@ -74,7 +77,7 @@ def reconstruction(
         local = own_training(round, client_optimizer, local_work, "reconstruction()")
 
         def init(key, data, params=None):
-            server = round.init(key, data, params)
+            server = round.init(key, of_second_part(data, support), params)
             splits(predicate, lens.get(server))
             _same_model(lens.get(server), jax.eval_shape(lambda: _initial(model, data)))
             if not isinstance(data.sizes, Tracer) and np.asarray(data.sizes).max() < 2:
@@ -97,7 +100,9 @@ def reconstruction(
         def client_update(message, state, client, key, tilt=identity):
             known, query = client.split(support)
             whole = completed(message, known, key)
-            out = round.client_update(whole, state, query, key, tilt=chain_tilts(tilt, holding(predicate)))
+            out = round.client_update(
+                whole, state, owning(query, predicate), key, tilt=chain_tilts(tilt, holding(predicate))
+            )
             shared = lambda tree: strip(predicate, view.get(whole), tree)
             return out._replace(upload=shared(out.upload), bytes_up=None, parts=shared(out.parts))
 

@@ -98,7 +98,10 @@ def _equation(eqn: Any, values: list[Needs]) -> list[Needs]:
     name = eqn.primitive.name
     if name == "scan" and len(inner) == 1:
         out = _scan(eqn, inner[0], values)
-    elif len(inner) == 1 and name not in ("while", "cond"):
+    elif name == "cond":
+        each = zip(*(_follow(branch, values[1:]) for branch in eqn.params["branches"]), strict=True)
+        out = [Needs(*(frozenset().union(*(n[i] for n in needs)) for i in range(2))) for needs in each]
+    elif len(inner) == 1 and name != "while":
         out = _follow(inner[0], values)
     else:
         # A comparison's result, or a sign, is no way at all: almost everywhere it doesn't change.

@@ -215,6 +215,11 @@ def _check(round: Round) -> None:
         raise ValueError("split_clusters() trains a model for each cluster, but this Round trains none")
     if "many_models" in round.traits:
         raise ValueError("split_clusters() multiplies a Round's model, but this Round has several already")
+    if "remembering" in round.traits:
+        raise ValueError(
+            "split_clusters() takes clients to another model, but this Round corrects them by what it remembers of one "
+            "(control variates, dual variables): put it over a Round without"
+        )
     if "encoded" in round.traits:
         raise ValueError("split_clusters() compares updates, and these are encoded: put uplink() after it")
     if round.aggregate.reduce is not None:

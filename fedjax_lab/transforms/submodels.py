@@ -12,7 +12,7 @@ from jax.core import Tracer
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import Aggregator, Lens, Round, Sent, Tilt, Transform, chain_tilts, identity
+from fedjax_lab.round import Aggregator, Lens, Round, Sent, Tilt, Transform, chain_tilts, identity, projection
 from fedjax_lab.transforms.slices import Held, bytes_of, cut, held_units, marks, put_back
 from fedjax_lab.transforms.transfers import of
 from fedjax_lab.transforms.units import Rule, Units, by_rule, hidden_units
@@ -148,7 +148,7 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
             held, received = part.held(), whole(message)
             only = restricted(marks(part.units, held, bool).params)
             # On both sides of the other tilts: these see, and change, nothing of the units that aren't there.
-            out = round.client_update(received, state, client, key, tilt=chain_tilts(only, tilt, only))
+            out = round.client_update(received, state, client, key, tilt=chain_tilts(only, tilt, projection(only)))
             _one_change(out.upload, part.units, who)
             upload = cut(part.units, held, out.upload)
             return out._replace(upload=upload, bytes_up=None if single else bytes_of(part.units, held, upload))

@@ -16,6 +16,8 @@ def tilted(make: Callable[[Variables, ClientData], Tilt]) -> Transform:
 
     The tilts of transforms further out are applied after this one.
     """
+    if not callable(make):
+        raise ValueError(f"make must be a function of (received variables, client); got {checks.shown(make)}")
 
     def transform(round: Round) -> Round:
         if round.view is None:

@@ -11,7 +11,6 @@ from algorithms.fedavg import fedavg
 from algorithms.hypcluster import hypcluster
 from algorithms.ifca import ifca
 from algorithms.local_only import local_only
-from algorithms.scaffold import scaffold
 from fedjax_lab import wire
 from fedjax_lab.transforms import clusters, leaves, personal_model, private, split_clusters
 from fedjax_lab.transforms.clusters import Chosen
@@ -77,16 +76,6 @@ def test_hypcluster_weighs_by_examples_also_with_an_aggregator_that_sees_every_u
         process = fl.synchronous(round, quadratics().data)
         state, _ = steps(process, 3, params=START.astype(np.float32))
         np.testing.assert_allclose(all_models(process, state), expected, atol=1e-5)
-
-
-def test_clusters_of_scaffold_reach_the_optimum_of_their_members():
-    process = fl.synchronous(fl.compose(scaffold(MODEL, optax.sgd(ETA), **WORK), clusters(2)), quadratics().data)
-    state, metrics = steps(process, 150, params=START[:2].astype(np.float32))
-    q, models = quadratics(), np.asarray(process.server(state).models.inner.variables.params)
-    mine = np.array([np.argmin([q.loss(i, w) for w in models]) for i in range(4)])
-    assert 0 < float(metrics["cluster_0"]) < 4
-    for j in range(2):
-        np.testing.assert_allclose(models[j], q.optimum(q.sizes * (mine == j)), atol=1e-4)
 
 
 def two_kinds(clients, seed):

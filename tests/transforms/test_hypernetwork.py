@@ -12,7 +12,7 @@ import pytest
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from algorithms.local_only import local_only
-from algorithms.scaffold import scaffold
+from algorithms.mime_lite import mime_lite
 from fedjax_lab.transforms import Hypernetwork, hypernetwork, leaves, perceptron, private, proximal
 from tests.laws.test_centralised import numpy_gradient
 from tests.problems import softmax_data, softmax_model, steps
@@ -143,7 +143,7 @@ WRONG = Hypernetwork(lambda key, embedding, params: jnp.ones((7, len(embedding))
         (lambda: fl.compose(BASE, hypernetwork(), hypernetwork()), "this Round sends several"),
         (lambda: fl.synchronous(fl.compose(BASE, hypernetwork(WRONG)), softmax_data((5, 4))), "one vector of 15"),
         (
-            lambda: fl.synchronous(fl.compose(scaffold(MODEL, optax.sgd(0.1)), hypernetwork()), softmax_data((5, 4))),
+            lambda: fl.synchronous(fl.compose(mime_lite(MODEL, optax.sgd(0.1)), hypernetwork()), softmax_data((5, 4))),
             "uploads something else",
         ),
     ],
