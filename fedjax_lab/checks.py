@@ -193,6 +193,13 @@ def probability(value: Any, name: str) -> None:
         raise ValueError(f"{name} must lie between 0 and 1; got {value!r}")
 
 
+def momentum(value: Any) -> None:
+    """Refuse a momentum outside 0..1, or of 1, which would never forget."""
+    probability(value, "momentum")
+    if not isinstance(value, Tracer) and value == 1:
+        raise ValueError("momentum must be below 1, which would never forget; got 1")
+
+
 def finite(value: Any, name: str) -> None:
     """Refuse what isn't one finite number; a traced one (a sweep's) passes."""
     if isinstance(value, Tracer):

@@ -285,6 +285,15 @@ class Sometimes:
     there: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verbatim:
+    """A part of a message that arrives as it is, whatever ``fl.downlink`` does to the rest, in ``length`` bytes."""
+
+    content: PyTree
+    length: Any
+
+
 def marked(tree: PyTree, parts: PyTree) -> PyTree:
     """``tree`` with :class:`Sometimes` around what ``parts`` has a truth value for (``ClientOutput.parts``).
 
@@ -323,10 +332,10 @@ def nbytes(tree: PyTree) -> Any:
     An integer; ``uint32[]`` if there is something in it whose length depends on the data (:class:`Sent`) or that may
     not travel (:class:`Sometimes`).
     """
-    special = (Sent, Sometimes)
+    special = (Sent, Sometimes, Verbatim)
 
     def size(leaf) -> Any:
-        if isinstance(leaf, Sent):
+        if isinstance(leaf, Sent | Verbatim):
             return leaf.length
         if isinstance(leaf, Sometimes):
             there = jnp.asarray(leaf.there)  # several where messages are stacked, and so are their contents

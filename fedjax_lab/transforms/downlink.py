@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_lab.aggregators import within
 from fedjax_lab.nesting import first_message
-from fedjax_lab.round import Round, Sent, Sometimes, Transform, identity, nbytes, through
+from fedjax_lab.round import Round, Sent, Sometimes, Transform, Verbatim, identity, nbytes, through
 from fedjax_lab.wire.base import Ctx, Wire, map_floats, stateless, undo, zeros_of
 from fedjax_lab.wire.chaining import chain
 from fedjax_lab.wire.sometimes import by_occasion
@@ -73,10 +73,29 @@ def _encoded(wire: Wire, x: PyTree, like: PyTree, client: Any, key: jax.Array) -
     return map_floats(lambda g, m: g.astype(m.dtype), got, like), size
 
 
+def _verbatim(x: Any) -> bool:
+    return isinstance(x, Verbatim)
+
+
+def _without(message: PyTree) -> tuple[PyTree, list[Verbatim]]:
+    """The message without what must arrive as it is, and that."""
+    exact = [x for x in jax.tree.leaves(message, is_leaf=_verbatim) if _verbatim(x)]
+    return jax.tree.map(lambda x: () if _verbatim(x) else x, message, is_leaf=_verbatim), exact
+
+
+def _with(message: PyTree, rest: PyTree) -> PyTree:
+    """The message with all but that replaced by ``rest``."""
+    leaves, structure = jax.tree.flatten(message, is_leaf=_verbatim)
+    arrived = iter(jax.tree.leaves(rest))
+    return jax.tree.unflatten(structure, [x if _verbatim(x) else next(arrived) for x in leaves])
+
+
 def _plain(round: Round, wire: Wire) -> Round:
     def broadcast(server, state, client, key):
         message = round.broadcast(server, state, client, key)
-        return Sent(*_encoded(wire, message, message, client, key))
+        rest, exact = _without(message)
+        got, size = _encoded(wire, rest, rest, client, key)
+        return Sent(_with(message, got), size + nbytes(exact))
 
     def client_update(message, state, client, key, tilt=identity):
         return round.client_update(message.content, state, client, key, tilt=tilt)
@@ -93,20 +112,23 @@ def _with_references(round: Round, wire: Wire) -> Round:
     def init_client(server, client):
         inner = round.init_client(server, client)
         like = jax.eval_shape(lambda s, i: first_message(round, s, i, client), server, inner)
-        return Seen(zeros_of(like), jnp.bool_(False), inner)
+        return Seen(zeros_of(_without(like)[0]), jnp.bool_(False), inner)
 
     def broadcast(server, state, client, key):
-        message = _as_seen(round.broadcast(server, state.inner, client, key), state.reference)
-        change = map_floats(lambda m, r: m.astype(r.dtype) - r, message, state.reference)
+        message = round.broadcast(server, state.inner, client, key)
+        rest, exact = _without(message)
+        rest = _as_seen(rest, state.reference)
+        change = map_floats(lambda m, r: m.astype(r.dtype) - r, rest, state.reference)
         got, size = _encoded(wire, change, change, client, key)
-        known = map_floats(lambda m, r, g: (r + g).astype(m.dtype), message, state.reference, got)
-        content = map_floats(lambda k, m: jnp.where(state.met, k, m), known, message)
-        return Sent(content, jnp.where(state.met, jnp.uint32(size), jnp.uint32(nbytes(message))))
+        known = map_floats(lambda m, r, g: (r + g).astype(m.dtype), rest, state.reference, got)
+        content = map_floats(lambda k, m: jnp.where(state.met, k, m), known, rest)
+        length = jnp.where(state.met, jnp.uint32(size + nbytes(exact)), jnp.uint32(nbytes(message)))
+        return Sent(_with(message, content), length)
 
     def client_update(message, state, client, key, tilt=identity):
         out = round.client_update(message.content, state.inner, client, key, tilt=tilt)
         # Kept by the engine if the client answers: the server then knows that the message arrived.
-        reference = map_floats(lambda r, m: m.astype(r.dtype), state.reference, message.content)
+        reference = map_floats(lambda r, m: m.astype(r.dtype), state.reference, _without(message.content)[0])
         return out._replace(state=Seen(reference, jnp.bool_(True), out.state))
 
     personal = round.personalize

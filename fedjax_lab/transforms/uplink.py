@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.nesting import first_turn
-from fedjax_lab.round import Aggregator, Env, Round, Transform, identity, marked, through, unmarked
+from fedjax_lab.round import Aggregator, Env, Round, Transform, Verbatim, identity, marked, through, unmarked
 from fedjax_lab.wire.base import Ctx, Like, Wire, as_opened, float_norm, shapes, stateless, undo
 from fedjax_lab.wire.chaining import chain
 from fedjax_lab.wire.sometimes import by_occasion
@@ -131,7 +131,7 @@ def _plain(round: Round, wire: Wire) -> Round:
         return unmarked(wire.decode(opened, ctx)[0])
 
     def lift(payload, weight, message, env):
-        ctx = _ctx(env, message.wire)
+        ctx = _ctx(env, _told(message))
         opened = wire.open(payload, ctx)
         if wire.decode is as_opened:
             return inner.lift(unmarked(opened), weight, message.inner, env)
@@ -146,7 +146,7 @@ def _plain(round: Round, wire: Wire) -> Round:
 
     def reduce(payloads, weights, ok, messages, env):
         _refuse_sums(wire, _SINGLE)
-        one = lambda payload, message: unmarked(undo(wire, payload, _ctx(env, message.wire)))
+        one = lambda payload, message: unmarked(undo(wire, payload, _ctx(env, _told(message))))
         uploads = jax.vmap(one)(payloads, messages)
         # What an absent client's zeros decode to is nobody's upload.
         uploads = jax.tree.map(lambda u: jnp.where(ok.reshape(-1, *[1] * (u.ndim - 1)), u, 0), uploads)
@@ -218,7 +218,7 @@ def _protected(round: Round, wire: Wire, max_weight: Any, fixed: Any) -> Round:
         return _output(out, Protected(payload, guarded, Like.of(below)), kept, size, state.wire)
 
     def lift(payload, weight, message, env):
-        ctx = _ctx(env, message.wire)
+        ctx = _ctx(env, _told(message))
         values, below = wire.open(payload.values, ctx), payload.denominators
         if fixed is None:
             below = wire.guard.open(below, ctx.part(_SERVER))
@@ -265,7 +265,9 @@ def _wrapped(round: Round, wire: Wire, client_update, aggregate, server_update, 
         return Uplinked(round.init_client(server.inner, client), own)
 
     def broadcast(server, state, client, key):
-        return Uplinked(round.broadcast(server.inner, state.inner, client, key), wire.sends(server.wire))
+        told = wire.sends(server.wire)
+        told = Verbatim(told, wire.sends_bytes(told)) if jax.tree.leaves(told) else told
+        return Uplinked(round.broadcast(server.inner, state.inner, client, key), told)
 
     inside, put = lambda nest: nest.inner, lambda nest, part: nest._replace(inner=part)
     within_server = lambda server, part: dataclasses.replace(server, inner=part)
@@ -295,8 +297,13 @@ def _output(out, payload: PyTree, kept: PyTree, size: Any, before: PyTree):
 
 
 def _on_client(client: ClientData, key: jax.Array, message: Uplinked) -> Ctx:
-    ctx = _ctx(client.env, message.wire, jax.random.fold_in(key, _TAG))
+    ctx = _ctx(client.env, _told(message), jax.random.fold_in(key, _TAG))
     return ctx._replace(id=client.id)
+
+
+def _told(message: Uplinked) -> PyTree:
+    """What the server's side of the link tells the clients, who must know it exactly to undo what they send."""
+    return message.wire.content if isinstance(message.wire, Verbatim) else message.wire
 
 
 def _ctx(env: Env, state: PyTree, private: Any = None) -> Ctx:

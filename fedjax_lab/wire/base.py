@@ -72,6 +72,7 @@ class Wire(NamedTuple):
       init: ``(like) -> server state``; ``like`` has shapes and types of ``x``.
       init_client: ``(like) -> client state``; full part of the client's state, so that it is saved with it.
       sends: ``(server state) -> `` what of it travels down with the message.
+      sends_bytes: ``(what sends gives) -> `` its bytes.
       summable: payloads of equal shape may be added up as they are: ``decode`` of their mean is the mean of
         what they stand for (or what the link is meant to make of the mean, such as a sketch's median).
       must_sum: payloads must be added up, unweighted, before anyone looks at them (integers modulo 2^k, central
@@ -79,6 +80,9 @@ class Wire(NamedTuple):
       collective: one payload alone means nothing (a vote, a server-side memory).
       varies: the payload's length depends on the data.
       coded: it sends codes in place of floats, which only links ``on_codes`` can work on.
+      in_place: the payload's floats are those it was given, one for one, in every round: what ``remembers`` may follow.
+      remembers: the client's state belongs to entries of what is encoded (error feedback).
+      additive: what is decoded of a sum is the sum of what is decoded of each.
       bound: ``(norm or None, like) -> norm or None``: if ``x`` is no longer than this, how long are the floats of
         the payload; of a ``coded`` one, what it stands for. ``None``: unbounded.
       gain: ``(norm or None, like) -> norm or None``: if the payload's floats arrive no longer than this, how long
@@ -97,12 +101,16 @@ class Wire(NamedTuple):
     init: Callable[[PyTree], Any] = stateless
     init_client: Callable[[PyTree], Any] = stateless
     sends: Callable[[Any], Any] = lambda state: state
+    sends_bytes: Callable[[Any], Any] = length
     summable: bool = False
     must_sum: bool = False
     collective: bool = False
     varies: bool = False
     coded: bool = False
     on_codes: bool = False
+    in_place: bool = False
+    remembers: bool = False
+    additive: bool = True
     bound: Callable[[Any, PyTree], Any] = unbounded
     gain: Callable[[Any, PyTree], Any] = not_longer
     bind: Callable[[Any], "Wire"] | None = None
@@ -118,6 +126,7 @@ def identity() -> Wire:
         encode=lambda x, state, ctx: (x, state, length(x)),
         open=lambda payload, ctx: payload,
         summable=True,
+        in_place=True,
         bound=not_longer,
         name="identity",
     )

@@ -132,8 +132,10 @@ def _by_part(name: str, choose: Callable[[list[str]], list[int]], links: tuple[W
 
     def decode(total, ctx):
         both = opened(total, ctx, lambda link, p, here: link.decode(p, here))
-        own = tuple(dataclasses.replace(old, state=s) for old, (_, s) in zip(ctx.state, both, strict=True) if ctx.state)
-        return _whole([x for x, _ in both], total.like), own if ctx.state else ctx.state
+        whole = _whole([x for x, _ in both], total.like)
+        if not ctx.state:
+            return whole, ctx.state
+        return whole, tuple(dataclasses.replace(old, state=s) for old, (_, s) in zip(ctx.state, both, strict=True))
 
     def init(like):
         numbered = zip(numbers(like), jax.tree.leaves(like), strict=True)
@@ -165,11 +167,15 @@ def _by_part(name: str, choose: Callable[[list[str]], list[int]], links: tuple[W
         init=stateless if every("init", stateless) else init,
         init_client=stateless if every("init_client", stateless) else init_client,
         sends=sends,
+        sends_bytes=lambda told: sum(known[own.link].sends_bytes(own.state) for own in told),
         summable=every("summable", True),
         must_sum=some("must_sum"),
         collective=some("collective"),
         varies=some("varies"),
         coded=some("coded"),
+        in_place=every("in_place", True),
+        remembers=some("remembers"),
+        additive=every("additive", True),
         bound=all_parts("bound"),
         gain=all_parts("gain"),
         guard=next((link.guard for link in known if link.must_sum), None),
@@ -275,6 +281,7 @@ def _by_block(link: Wire, size: int | None, count: int | None) -> Wire:
         init=stateless if link.init is stateless else states(link.init),
         init_client=stateless if link.init_client is stateless else states(link.init_client),
         sends=lambda state: jax.vmap(link.sends)(state) if jax.tree.leaves(state) else state,
+        sends_bytes=lambda told: jnp.sum(jax.vmap(lambda t: jnp.uint32(link.sends_bytes(t)))(told)),
         bound=all_blocks(link.bound),
         gain=all_blocks(link.gain),
         links=(),

@@ -110,11 +110,15 @@ def chain(*links: Wire) -> Wire:
         init=stateless if every("init", stateless) else init,
         init_client=stateless if every("init_client", stateless) else init_client,
         sends=lambda state: tuple(link.sends(s) for link, s in zip(flat, state, strict=True)) if state else (),
+        sends_bytes=lambda told: sum(link.sends_bytes(t) for link, t in zip(flat, told, strict=True)) if told else 0,
         summable=all(link.summable for link in flat),
         must_sum=any(link.must_sum for link in flat),
         collective=any(link.collective for link in flat),
         varies=flat[-1].varies,
         coded=any(link.coded for link in flat),
+        in_place=all(link.in_place for link in flat),
+        remembers=any(link.remembers for link in flat),
+        additive=all(link.additive for link in flat),
         bound=bound,
         gain=gain,
         guard=None if not guards or any(g is None for g in guards) else chain(*guards),
@@ -155,6 +159,12 @@ def _check(links: tuple[Wire, ...]) -> None:
             raise ValueError(
                 f"{link.name} works on the sum of all clients' payloads, but {before[0].name} in front of it makes "
                 "payloads that can't be summed: put it first"
+            )
+        moving = [earlier for earlier in links[:i] if not earlier.in_place]
+        if moving and link.remembers:
+            raise ValueError(
+                f"{link.name} remembers entries from round to round, and {moving[0].name} in front of it hands on "
+                f"others each time: put the memory around both, wire.error_feedback(wire.chain({moving[0].name}, ...))"
             )
         coded = [earlier for earlier in links[:i] if earlier.coded]
         if coded and not link.on_codes:

@@ -15,9 +15,10 @@ import numpy as np
 
 from fedjax_lab import checks
 from fedjax_lab.wire.base import Wire, not_longer
+from fedjax_lab.wire.blocks import Blocks
 from fedjax_lab.wire.codes import ELIAS, BitReader, Code, bits_to_bytes, rice
 from fedjax_lab.wire.packing import Packed, Trits, pack, pack_trits
-from fedjax_lab.wire.payload import Reader, little
+from fedjax_lab.wire.payload import Reader, length, little, read, serialize
 from fedjax_lab.wire.selecting import Positions, as_bitmap, index_bits
 
 PyTree = Any
@@ -52,13 +53,15 @@ class Coded:
     coder: Coder = dataclasses.field(metadata={"static": True})
 
     def _leaves(self) -> list:
-        return jax.tree.leaves(self.payload, is_leaf=lambda x: isinstance(x, NODES))
+        return jax.tree.leaves(self.payload, is_leaf=_whole)
 
     def wire_bytes(self) -> jax.Array:
         bits, plain = jnp.uint32(0), 0
         for leaf in self._leaves():
             if _coded(leaf, self.coder):
                 bits = bits + _bits_of(leaf, self.coder)
+            elif isinstance(leaf, Blocks):
+                plain += length(leaf)
             else:
                 data = leaf.data if isinstance(leaf, NODES) else leaf
                 plain += data.size * data.dtype.itemsize
@@ -69,14 +72,18 @@ class Coded:
         for leaf in self._leaves():
             if _coded(leaf, self.coder):
                 bits += _words(leaf, self.coder)
+            elif isinstance(leaf, Blocks):
+                plain.append(serialize(leaf))
             else:
                 plain.append(little(leaf.data if isinstance(leaf, NODES) else leaf).tobytes())
         return b"".join(plain) + bits_to_bytes(bits)
 
     def load(self, reader: Reader) -> "Coded":
-        leaves, structure = jax.tree.flatten(self.payload, is_leaf=lambda x: isinstance(x, NODES))
+        leaves, structure = jax.tree.flatten(self.payload, is_leaf=_whole)
         for i, leaf in enumerate(leaves):
-            if not _coded(leaf, self.coder):
+            if isinstance(leaf, Blocks):
+                leaves[i] = read(leaf, reader)
+            elif not _coded(leaf, self.coder):
                 inner = leaf.data if isinstance(leaf, NODES) else leaf
                 array = reader.array(inner.shape, inner.dtype)
                 leaves[i] = dataclasses.replace(leaf, data=array) if isinstance(leaf, NODES) else array
@@ -125,13 +132,31 @@ def golomb(parameter: int | None = None) -> Wire:
 
 
 def _coding(coder: Coder, name: str) -> Wire:
+    def by_block(leaf):
+        """Equal blocks are coded one by one, each in whole bytes."""
+        if not isinstance(leaf, Blocks):
+            return leaf
+
+        def one(part):
+            coded = Coded(part, coder)
+            return coded, coded.wire_bytes().astype(jnp.uint32)
+
+        parts, sizes = jax.vmap(one)(leaf.parts)
+        return dataclasses.replace(leaf, parts=parts, sizes=sizes)
+
     def encode(x, state, ctx):
-        payload = Coded(x, coder)
-        return payload, state, payload.wire_bytes().astype(jnp.uint32)
+        payload = Coded(jax.tree.map(by_block, x, is_leaf=_whole), coder)
+        return payload, state, jnp.uint32(payload.wire_bytes())
+
+    def open_(payload, ctx):
+        plain = lambda leaf: (
+            dataclasses.replace(leaf, parts=leaf.parts.payload, sizes=None) if isinstance(leaf, Blocks) else leaf
+        )
+        return jax.tree.map(plain, payload.payload, is_leaf=_whole)
 
     return Wire(
         encode,
-        open=lambda payload, ctx: payload.payload,
+        open=open_,
         varies=True,
         on_codes=True,
         bound=not_longer,
@@ -146,6 +171,10 @@ def best_rice(count: int, size: int) -> int:
         return 0
     golden = (math.sqrt(5) + 1) / 2
     return max(1 + math.floor(math.log2(math.log(golden - 1) / math.log1p(-share))), 0)
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, (*NODES, Blocks))
 
 
 def _coded(leaf: Any, coder: Coder) -> bool:

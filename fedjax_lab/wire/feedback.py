@@ -39,7 +39,10 @@ def error_feedback(link: Wire, form: str = "ef14") -> Wire:
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}{checks.nearest(str(form), FORMS)}; got {checks.shown(form)}")
     _undoable(link, "error_feedback")
-    return _ef14(link) if form == "ef14" else _ef21(link)
+    if form == "ef21":
+        return _ef21(link)
+    _sums(link, "error_feedback")
+    return _ef14(link)
 
 
 def _undoable(link: Any, what: str) -> None:
@@ -51,6 +54,15 @@ def _undoable(link: Any, what: str) -> None:
         )
     if any(each.bind is not None for each in link.links or (link,)):
         raise ValueError(f"{what} would take the noise of {link.name} back in the next round: put the noise behind it")
+
+
+def _sums(link: Wire, what: str) -> None:
+    each = link.links or (link,)
+    if any(not one.additive for one in each) and link.summable:
+        raise ValueError(
+            f"{what} remembers what became of a client's own payload, but {link.name} is read once, after the sum, "
+            "which isn't the sum of what is read of each: use fetch_sgd, whose memory is the server's"
+        )
 
 
 def _ef14(link: Wire) -> Wire:
@@ -65,6 +77,7 @@ def _ef14(link: Wire) -> Wire:
         init_client=lambda like: Memory(zeros_of(like), link.init_client(_wide(like))),
         # Whatever the memory adds, what is opened is as long as the link allows.
         bound=lambda norm, like: link.bound(None, like),
+        remembers=True,
         links=(),
         name=f"error_feedback({link.name})",
     )
@@ -94,6 +107,7 @@ def _ef21(link: Wire) -> Wire:
         init_client=lambda like: Memory(zeros_of(like), link.init_client(_wide(like))),
         sends=lambda state: (),
         collective=True,
+        remembers=True,
         varies=link.varies,
         coded=link.coded,
         bound=unbounded,
@@ -123,8 +137,9 @@ def momentum_correction(link: Wire, momentum: Any = 0.9) -> Wire:
     Raises:
       ValueError: a momentum outside of that, or a link whose single payload means nothing.
     """
-    checks.probability(momentum, "momentum")
+    checks.momentum(momentum)
     _undoable(link, "momentum_correction")
+    _sums(link, "momentum_correction")
 
     def encode(x, state, ctx):
         velocity = map_floats(lambda a, u: momentum * u + a.astype(u.dtype), x, state.velocity)
@@ -143,6 +158,7 @@ def momentum_correction(link: Wire, momentum: Any = 0.9) -> Wire:
         encode=encode,
         init_client=init_client,
         bound=lambda norm, like: link.bound(None, like),
+        remembers=True,
         links=(),
         name=f"momentum_correction({link.name})",
     )

@@ -153,6 +153,22 @@ class Side:
         return Side(jnp.asarray(data), jnp.uint8(turn), self.rows, self.columns)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """What a matrix of ``rows`` and ``columns`` is multiplied by: Q, of as many rows as it has columns, or P.
+
+    ``data`` has rows for the longer of the two.
+    """
+
+    data: jax.Array
+    rows: int = dataclasses.field(metadata={"static": True})
+    columns: int = dataclasses.field(metadata={"static": True})
+
+    def row_bytes(self) -> int:
+        return self.data.shape[-1] * self.data.dtype.itemsize
+
+
 def power_sgd(rank: int) -> Wire:
     """Projections onto a subspace that the server improves from round to round (after Vogels et al., NeurIPS 2019).
 
@@ -172,7 +188,8 @@ def power_sgd(rank: int) -> Wire:
     def fresh(leaf):
         rows, columns = _sides(leaf)
         basis = _orthonormal(_random_start(columns, rank)).astype(wide(leaf.dtype))
-        return jnp.zeros((max(rows, columns), rank), basis.dtype).at[:columns].set(basis)
+        whole = jnp.zeros((max(rows, columns), rank), basis.dtype).at[:columns].set(basis)
+        return Basis(whole, rows, columns)
 
     def init(like):
         basis = [fresh(leaf) for leaf in jax.tree.leaves(like) if worth_it(leaf, rank)]
@@ -193,7 +210,7 @@ def power_sgd(rank: int) -> Wire:
 
     def encode(x, state, ctx):
         bases, turn = iter(ctx.state["basis"]), ctx.state["turn"]
-        leaves = [see(leaf, next(bases), turn) if worth_it(leaf, rank) else leaf for leaf in jax.tree.leaves(x)]
+        leaves = [see(leaf, next(bases).data, turn) if worth_it(leaf, rank) else leaf for leaf in jax.tree.leaves(x)]
         payload = Factored(leaves, Like.of(x))
         return payload, state, length(payload)
 
@@ -202,19 +219,25 @@ def power_sgd(rank: int) -> Wire:
         out, new = [], []
         for leaf, s in zip(total.leaves, jax.tree.leaves(total.like.shapes()), strict=True):
             if isinstance(leaf, Side):
-                out.append(back(leaf, next(bases), turn, s.shape))
-                new.append(_orthonormal(leaf.data))
+                out.append(back(leaf, next(bases).data, turn, s.shape))
+                new.append(Basis(_orthonormal(leaf.data), leaf.rows, leaf.columns))
             else:
                 out.append(leaf)
         structure: Any = total.like.structure
         state = {"basis": new, "turn": 1 - turn}
         return jax.tree.unflatten(structure, out), state
 
+    def sends_bytes(state):
+        """Of the basis of this turn; the rows beyond it are zeros, and don't travel."""
+        rows = [jnp.where(state["turn"] == 0, b.columns, b.rows).astype(jnp.uint32) for b in state["basis"]]
+        return jnp.uint32(1 + sum(n * b.row_bytes() for n, b in zip(rows, state["basis"], strict=True)))
+
     return Wire(
         encode,
         open=lambda payload, ctx: payload,
         decode=decode,
         init=init,
+        sends_bytes=sends_bytes,
         summable=True,
         varies=True,
         bound=not_longer,

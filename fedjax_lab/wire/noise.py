@@ -34,7 +34,7 @@ def clip(max_norm: Any) -> Wire:
         plain = isinstance(norm, int | float) and isinstance(max_norm, int | float)
         return min(norm, max_norm) if plain else jnp.minimum(norm, max_norm)
 
-    return Wire(encode, open=lambda payload, ctx: payload, summable=True, bound=bound, name="clip")
+    return Wire(encode, open=lambda payload, ctx: payload, summable=True, in_place=True, bound=bound, name="clip")
 
 
 def gaussian(noise_multiplier: Any, *, by: str = "server", shares: int | None = None) -> Wire:
@@ -65,6 +65,10 @@ def gaussian(noise_multiplier: Any, *, by: str = "server", shares: int | None = 
 
 
 def _noise(multiplier: Any, by: str, shares: int | None, norm: Any) -> Wire:
+    known = isinstance(norm, float) and isinstance(multiplier, int | float)
+    if known and math.isinf(norm) and multiplier > 0:
+        raise ValueError("gaussian() would add noise without end to what wire.clip(math.inf) lets through: clip it")
+
     def noisy(x, key):
         if norm is None:
             raise ValueError("gaussian() takes its scale from a chain: wire.chain(wire.clip(1.0), wire.gaussian(1.0))")
@@ -85,6 +89,7 @@ def _noise(multiplier: Any, by: str, shares: int | None, norm: Any) -> Wire:
 
     traits: dict[str, Any] = {
         "summable": True,
+        "in_place": True,
         "must_sum": by == "server" or shares is not None,
         "bound": not_longer,
         "bounds_own": by == "client",

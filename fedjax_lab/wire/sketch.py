@@ -68,7 +68,8 @@ def count_sketch(rows: int = 5, *, width: Any) -> Wire:
 
     # Every entry may read the largest bucket.
     gain = lambda norm, like: None if norm is None else norm * float_size(like) ** 0.5
-    return on_vector("count_sketch", encode, decode, summable=True, bound=bound, gain=gain)
+    # A sum's median isn't the sum of medians.
+    return on_vector("count_sketch", encode, decode, summable=True, additive=rows == 1, bound=bound, gain=gain)
 
 
 def count_mean_sketch(rows: int = 5, *, width: Any) -> Wire:
@@ -120,7 +121,7 @@ def fetch_sgd(rows: int = 5, *, width: Any, k: Any, momentum: Any = 0.9) -> Wire
     """
     _check(rows, width)
     check_amount(k, "k")
-    checks.probability(momentum, "momentum")
+    checks.momentum(momentum)
 
     def hashes(buckets):
         return _Hashes(jax.random.key(0xFE7C), buckets, True)

@@ -134,3 +134,48 @@ def test_runs_by_hand():
 def test_codes_that_do_not_exist_are_refused():
     refused(lambda: wire.elias("gama"), "gamma", "did you mean")
     refused(lambda: wire.golomb(-1), "parameter")
+
+
+@pytest.mark.parametrize("coder", [wire.elias(), wire.elias("gamma", runs=True)])
+@pytest.mark.parametrize("memory", [lambda link: link, wire.error_feedback])
+def test_a_code_behind_blocks_is_that_within_each(coder, memory):
+    """QSGD's buckets, then Elias: as long as the buckets' own codes, and read back."""
+    x = jax.random.normal(jax.random.key(0), (70,))
+    quantizer = wire.qsgd(3)
+    behind = wire.chain(memory(wire.grouped(quantizer, size=16)), coder)
+    within = memory(wire.grouped(wire.chain(quantizer, coder), size=16))
+    ctx, like = wire.context(0), shapes(x)
+    (payload, _, size), (other, _, expected) = (
+        link.encode(x, link.init_client(like), ctx) for link in (behind, within)
+    )
+    data = wire.serialize(payload)
+    assert len(data) == int(size) == int(wire.length(payload))
+    assert abs(int(size) - int(expected)) <= 5  # of five blocks, rounded with other keys
+    template = behind.encode(jnp.ones(70), behind.init_client(like), ctx)[0]
+    got = behind.open(wire.deserialize(data, template), ctx)
+    np.testing.assert_array_equal(got, behind.open(payload, ctx))
+    # The chain gives each of its links keys of its own.
+    assert float(jnp.linalg.norm(got - x)) < 2 * float(jnp.linalg.norm(within.open(other, ctx) - x))
+
+
+def test_positions_in_blocks_are_coded_block_by_block():
+    x = jax.random.normal(jax.random.key(0), (64,))
+    link = wire.chain(wire.grouped(wire.top_k(2), size=32), wire.golomb())
+    got, size = wire.round_trip(link, x)
+    np.testing.assert_array_equal(got, wire.round_trip(wire.grouped(wire.top_k(2), size=32), x)[0])
+    assert 2 * 2 * 4 < int(size) <= 2 * (2 * 4 + 3)
+
+
+@pytest.mark.parametrize(
+    "link", [wire.random_k(0.5), wire.hadamard(), wire.kashin(), wire.chain(wire.hadamard(), wire.quantize(8))]
+)
+def test_links_that_are_undone_after_the_sum_go_by_parameter_too(link):
+    x = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.arange(6.0)}
+    whole, ctx = wire.grouped(link), wire.context(0)
+    for made in (whole, wire.split({"a": link, "b": link})):
+        payload, _, size = made.encode(x, (), ctx)
+        got, _ = made.decode(made.open(payload, ctx), ctx)
+        parts = [link.encode(leaf, (), ctx.part(i)) for i, leaf in enumerate((x["a"], x["b"]))]
+        for i, (name, (part, _, _)) in enumerate(zip("ab", parts, strict=True)):
+            np.testing.assert_array_equal(got[name], wire.undo(link, part, ctx.part(i)))
+        assert int(size) == sum(int(length) for _, _, length in parts)

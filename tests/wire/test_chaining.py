@@ -223,3 +223,11 @@ def test_decode_is_trivial_where_nothing_is_left_after_the_sum():
     )
     assert all(link.decode is as_opened for link in trivial)
     assert all(link.decode is not as_opened for link in (wire.hadamard(), wire.random_k(0.5), wire.majority_vote(1.0)))
+
+
+def test_noise_on_what_is_not_clipped_is_refused():
+    refused(lambda: wire.chain(wire.clip(float("inf")), wire.gaussian(0.5)), "without end")
+    x = jnp.arange(3.0)
+    link = wire.chain(wire.clip(float("inf")), wire.gaussian(0.0))
+    payload, _, _ = link.encode(x, (), wire.context(0))
+    np.testing.assert_array_equal(link.decode(payload, wire.context(0))[0], x)

@@ -162,3 +162,28 @@ def test_links_that_make_no_sense_on_the_way_down_are_refused_when_built():
         (wire.chain(wire.clip(1.0), wire.gaussian(1.0, by="client")), ("noise on a broadcast",)),
     ):
         refused(lambda k=link: fl.downlink(k), *words)
+
+
+ENV = fl.Env(3, jax.random.key(0), jnp.arange(2), jnp.ones(2, bool), jnp.ones(2, bool), 8, 2)
+POWER = fl.uplink(wire.error_feedback(wire.power_sgd(1)))
+
+
+@pytest.mark.parametrize("down", [fl.downlink(wire.top_k(2)), fl.downlink(wire.quantize(4), deltas=False)])
+def test_what_undoes_an_upload_arrives_as_it_is(down):
+    """Of PowerSGD's basis clients and server must have the same, whatever the model goes through."""
+    process = fl.synchronous(fl.compose(base(steps=1, epochs=None, batch_size=None), POWER, down), softmax_data())
+    state, _ = steps(process, 3)
+    own, client = jax.tree.map(lambda t: t[0], process.clients(state).table), process.data.view(jnp.int32(0), ENV)
+    sent = process.round.broadcast(process.server(state), own, client, jax.random.key(0)).content
+    assert_same_bits(sent.wire.content, process.server(state).wire)
+    assert np.abs(sent.inner.params["w"] - process.params(state)["w"]).max() > 1e-4
+
+
+def test_a_basis_costs_what_travels_of_it():
+    """Of a 4 x 3 matrix: 3 numbers on even turns, 4 on odd ones, and which it is."""
+    process = fl.synchronous(fl.compose(base(), POWER), softmax_data(), fl.uniform(5))
+    state, down = process.init(jax.random.key(0)), []
+    for _ in range(4):
+        state, metrics = process.step(state, process.data)
+        down.append(fl.total_bytes(metrics["downlink_bytes"]) / 5)
+    assert down == [WHOLE + 4 * 3 + 1, WHOLE + 4 * 4 + 1] * 2

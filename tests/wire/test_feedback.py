@@ -160,3 +160,25 @@ def test_fedavg_with_momentum_and_ef21_runs():
         state, metrics = steps(process, 3)
         assert np.isfinite(metrics["loss"])
         assert jax.tree.leaves(process.clients(state).table)
+
+
+@pytest.mark.parametrize("first", [wire.hadamard(), wire.random_k(0.5), wire.top_k(2), wire.kashin()])
+@pytest.mark.parametrize("form", ["ef14", "ef21"])
+def test_memories_behind_what_hands_on_other_entries_each_round_are_refused(first, form):
+    memory = wire.error_feedback(wire.sign(), form)
+    if form == "ef14" or first.summable:
+        refused(lambda: wire.chain(first, memory), "put the memory around both")
+    refused(lambda: wire.chain(first, wire.momentum_correction(wire.top_k(1))), "put the memory around both")
+    assert wire.chain(wire.clip(1.0), wire.error_feedback(wire.sign())).remembers
+
+
+def test_sketches_that_are_read_after_the_sum_have_their_memory_at_the_server():
+    """With the median of three rows, what two clients read of their own isn't what the server reads of both."""
+    for memory in (wire.error_feedback, wire.momentum_correction):
+        refused(lambda memory=memory: memory(wire.count_sketch(3, width=4)), "use fetch_sgd")
+    assert wire.error_feedback(wire.count_mean_sketch(3, width=4)).remembers
+
+
+def test_momentum_forgets():
+    refused(lambda: wire.momentum_correction(wire.top_k(0.1), 1.0), "below 1")
+    refused(lambda: wire.fetch_sgd(3, width=5, k=1, momentum=1.0), "below 1")
