@@ -156,12 +156,17 @@ def execute(name: str, module: ModuleType, config: Any, out: Path) -> dict[str, 
     """Run an experiment in a folder; returns what it wrote to ``summary.json``."""
     checks.optional("matplotlib.figure", "an experiment's pictures", "plots")  # now, and not after training
     begin = time.monotonic()
+    fresh = not (out / "config.json").is_file()
     common.open_folder(out, name, config)
     print(f"{name}: {registry.headline(module)}\nwriting to {out}", flush=True)
     try:
         found = module.main(config, out)
     except KeyboardInterrupt:
         print(f"interrupted: the same command with --out {out} goes on where it was", file=sys.stderr)
+        raise
+    except ValueError:
+        if fresh and hosts.leads() and not (out / "runs").exists():
+            (out / "config.json").unlink()  # nothing ran: other settings may have the folder
         raise
     summary = {"experiment": name, **found, "seconds": round(time.monotonic() - begin, 2)}
     if not hosts.leads():

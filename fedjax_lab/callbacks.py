@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedjax_lab import checks
-from fedjax_lab.evaluation import WORSE_WHEN_HIGHER
+from fedjax_lab.evaluation import worse_when_higher
 from fedjax_lab.process import Process
 from fedjax_lab.records import Record, check_name
 
@@ -39,8 +39,8 @@ class Info(NamedTuple):
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a metric's name says that less is better (losses, errors, perplexities)."""
-    return any(word in name for word in WORSE_WHEN_HIGHER)
+    """Whether a metric's name says that less is better (:func:`fedjax_lab.evaluation.worse_when_higher`)."""
+    return worse_when_higher(name)
 
 
 def stop_at(name: str, target: float, below: bool | None = None) -> Callback:

@@ -166,6 +166,8 @@ class FederatedData:
         """
         from fedjax_lab import tables
 
+        if features is None:
+            raise ValueError("features= names the columns that a model gets: a list of names, or one name")
         return tables.read_table(table, client=client, features=features, label=label)
 
     @classmethod

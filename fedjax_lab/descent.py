@@ -1,5 +1,8 @@
 """Does an optimizer go downhill? An optax optimizer doesn't show its learning rate, but it can be asked."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,3 +43,26 @@ def goes_downhill(optimizer: optax.GradientTransformation, name: str) -> None:
         return
     what = f"moves parameters of gradient 1 by {moves.max():+g}, not downhill" if moves.any() else "moves nothing"
     raise ValueError(f"{name} {what}: its learning rate must be positive and finite")
+
+
+def begins_downhill(make: Callable[[Any], optax.GradientTransformation], name: str) -> None:
+    """Refuse a function of the round whose optimizer of round 0 goes uphill; one that goes nowhere may be meant.
+
+    Raises:
+      ValueError: it goes uphill.
+    """
+    with jax.ensure_compile_time_eval():
+        params = {"matrix": jnp.zeros((2, 2)), "vector": jnp.zeros(2)}
+        try:
+            optimizer = make(jnp.int32(0))
+            updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+        except Exception:  # written for other parameters: there is nothing to learn from it
+            return
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
+            return
+        moves = np.concatenate([np.ravel(leaf).astype(np.float32) for leaf in jax.tree.leaves(updates)])
+    if moves.max() > 0 and moves.min() >= 0:
+        raise ValueError(
+            f"{name} moves parameters of gradient 1 by {moves.max():+g} in round 0, not downhill: its learning rate "
+            "must be positive"
+        )

@@ -4,6 +4,7 @@ Every function here gives an ``evaluate(process, state) -> {name: float}``, whic
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,15 @@ from fedjax_lab.states import ClientStates
 
 PyTree = Any
 Evaluate = Callable[[Process, Any], dict[str, float]]
-WORSE_WHEN_HIGHER = ("loss", "error", "perplexity")
+_WORSE_WHEN_HIGHER = ("loss", "error", "perplexity")  # anywhere in a name, and these as a word of it:
+_WORDS = frozenset(("err", "mse", "rmse", "mae", "mape", "nll", "bpc", "se", "cost", "regret", "risk"))
+
+
+def worse_when_higher(name: str) -> bool:
+    """Whether a metric's name says that less is better: losses, errors, perplexities, ``mse``, ``nll``, ..."""
+    name = name.lower()
+    words = re.split(r"[^a-z]+", name)
+    return any(word in name for word in _WORSE_WHEN_HIGHER) or not _WORDS.isdisjoint(words)
 
 
 class Evaluation(NamedTuple):
@@ -268,7 +277,7 @@ def summarise(metrics: ClientMetrics, names: Sequence[str] | None = None, prefix
     for name in names or metrics.values:
         values = np.sort(metrics.values[name][metrics.examples > 0].astype(np.float64))
         values = values if len(values) else np.array([np.nan])
-        worst = values[::-1] if any(word in name for word in WORSE_WHEN_HIGHER) else values
+        worst = values[::-1] if worse_when_higher(name) else values
         tenth = max(1, -(-len(values) // 10))
         out |= {
             f"{prefix}{name}": overall[name],

@@ -9,7 +9,7 @@ import optax
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
-from fedjax_lab.descent import goes_downhill
+from fedjax_lab.descent import begins_downhill, goes_downhill
 from fedjax_lab.models.base import Model, Variables
 from fedjax_lab.ordering import large_ones_last
 from fedjax_lab.round import LocalTraining, Oracle, Tilt, Trained, identity
@@ -56,7 +56,8 @@ def gradient_oracle(loss: Callable) -> Oracle:
 def _in_pieces(oracle: Oracle, client: ClientData, static: bool) -> Oracle:
     """The oracle of the client's whole data, read in pieces of ``client.tile`` examples.
 
-    The batch it is given is ignored. Batch-norm statistics are updated once for each piece.
+    The batch it is given is ignored. For losses that are each example's own: with batch normalisation pieces would
+    not be what the whole is.
     """
 
     def whole(params, inputs, key):
@@ -92,7 +93,9 @@ def local_training(
       optimizer: from optax; or a function of the round number that gives one, for schedules over rounds.
       epochs: passes over the client's examples (1 if ``steps`` isn't given either).
       steps: a number of steps instead, the same for every client.
-      batch_size: examples a step; ``None``: all of the client's (one step is one epoch).
+      batch_size: examples a step; ``None``: all of the client's (one step is one epoch), read a few at a time and
+        summed, unless the model has a state (batch normalisation): then as one batch as large as the population's
+        largest client.
       static: run a number of steps known when compiled, which ``jax.grad`` through the run needs: every client
         computes as many as the largest one asks for, and those beyond its own change nothing.
 
@@ -108,6 +111,8 @@ def local_training(
     checks.client_optimizer(optimizer)
     if isinstance(optimizer, optax.GradientTransformation):
         goes_downhill(optimizer, "client_optimizer")
+    else:
+        begins_downhill(optimizer, "client_optimizer")
     if epochs is not None and steps is not None:
         raise ValueError("give epochs= or steps=, not both")
     work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
@@ -134,7 +139,8 @@ def local_training(
         amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work
         if jnp.shape(amount) or not jnp.issubdtype(jnp.result_type(amount), jnp.integer):
             raise ValueError(f"the function given as {unit} must give one integer; it gives {checks.shown(amount)}")
-        pieces = batch_size is None and client.max_size > client.tile
+        stateful = bool(jax.tree.leaves(start.model_state))
+        pieces = batch_size is None and client.max_size > client.tile and not stateful
         objective = tilt(_in_pieces(oracle, client, static) if pieces else oracle)
 
         def step(carry, batch, mask, positions, step_key):

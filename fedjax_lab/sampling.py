@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fedjax_lab import checks, shuffle
 from fedjax_lab.data import FederatedData
@@ -89,6 +90,8 @@ def weighted(cohort_size: int, weights: Any = None) -> Sampler:
         return jnp.asarray(data.sizes if weights is None else weights, jnp.float32)
 
     def init(data):
+        if weights is None and isinstance(data.sizes, Tracer):  # looked at before, when the process was built
+            return ()
         w = np.asarray(data.sizes if weights is None else weights)
         checks.weights(w, "weights", data.num_clients)
         if cohort_size > (w > 0).sum():

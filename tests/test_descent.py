@@ -8,7 +8,9 @@ import pytest
 
 from algorithms.fedavg import fedavg
 from fedjax_lab.descent import goes_downhill
+from fedjax_lab.local import local_training
 from tests.problems import softmax_model
+from tests.refusals import refused
 
 MODEL = softmax_model()
 is_vector = lambda param: param.ndim == 1
@@ -51,3 +53,8 @@ def test_a_traced_rate_passes():
         return rate
 
     assert jax.jit(build)(jnp.float32(-1.0)) == -1.0
+
+
+def test_a_schedule_over_rounds_that_begins_uphill_is_refused():
+    refused(lambda: local_training(softmax_model(), lambda r: optax.sgd(-0.1)), "in round 0, not downhill")
+    local_training(softmax_model(), lambda r: optax.sgd(0.1 * r / 10))  # warms up from nothing

@@ -129,3 +129,9 @@ def test_combined_with_a_function_of_the_hosts(trained):
     assert (report["clients"], report["loss"]) == (data.num_clients, 0.0)
     assert report["accuracy"] == fl.global_metrics(data)(process, state)["accuracy"]
     assert not hasattr(both, "arrays")
+
+
+@pytest.mark.parametrize(("name", "worst"), [("mse", 4.0), ("val_nll", 4.0), ("Loss", 4.0), ("recall", 1.0)])
+def test_which_end_of_a_metric_is_its_worst(name, worst):
+    metrics = ClientMetrics({name: np.array([1.0, 4.0, 2.0])}, np.ones(3))
+    assert summarise(metrics)[f"{name}_worst10"] == worst

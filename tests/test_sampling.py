@@ -115,3 +115,15 @@ def test_a_sampler_learns_from_the_round():
 def test_what_samplers_refuse(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_weights_are_the_sizes_by_default():
+    """Of two clients with 1 and 9 examples the second is drawn in nine rounds of ten, within 4 standard errors."""
+    rows = lambda n: {"x": np.zeros((n, 4), np.float32), "y": np.zeros(n, np.int32)}
+    data = fl.FederatedData.from_clients({0: rows(1), 1: rows(9)})
+    process = fl.synchronous(fedavg(softmax_model(), optax.sgd(0.1), steps=1), data, fl.weighted(1))
+    body = lambda state, _: process.step(state, process.data)
+    _, metrics = jax.jit(lambda s: jax.lax.scan(body, s, length=400))(process.init(jax.random.key(0)))
+    again = [fl.weighted(1).sample((), key, data, None)[0][0] for key in jax.random.split(jax.random.key(1), 400)]
+    assert metrics["invited"].tolist() == [1] * 400
+    assert np.mean(again) == pytest.approx(0.9, abs=4 * 0.3 / 20)

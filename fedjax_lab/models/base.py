@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fedjax_lab import checks
 
@@ -30,7 +31,8 @@ class Model(NamedTuple):
       metrics: ``(params, model_state, batch) -> {name: float[batch]}``, per example.
       init_from: ``(key, batch) -> (params, model_state)`` for models that take the shape of their
         input from the data; ``None`` if ``init`` needs no data.
-      num_classes: labels ``batch["y"]`` must be integers below it; ``None`` if it isn't a classifier.
+      num_classes: labels ``batch["y"]`` must be integers below it; ``None`` if it isn't a classifier, or
+      classes: ``(params, model_state, batch) -> int`` tells it, by the shape of what a network gives.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -38,6 +40,7 @@ class Model(NamedTuple):
     metrics: Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]]
     init_from: Callable[[jax.Array, PyTree], tuple[PyTree, PyTree]] | None = None
     num_classes: int | None = None
+    classes: Callable[[PyTree, PyTree, PyTree], int] | None = None
 
 
 def initial_variables(model: Model, key: jax.Array, data: Any, params: PyTree = None) -> Variables:
@@ -60,11 +63,21 @@ def initial_variables(model: Model, key: jax.Array, data: Any, params: PyTree = 
     else:
         made = model.init(key)
     own, model_state = checks.pair(made, "a model's init", "(params, model_state)")
+    if model.classes is not None and not isinstance(data.sizes, Tracer):
+        checks.labels_in_range(data, _counted(model.classes, own, model_state, data))
     if params is not None:
         _same_shapes(params, own)
     start = Variables(own if params is None else params, model_state)
     # Strongly typed arrays: a weak type would change in the first round and compile it twice.
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, jnp.asarray(x).dtype), start)
+
+
+def _counted(classes: Callable, params: PyTree, model_state: PyTree, data: Any) -> int:
+    """What ``classes`` says, computing nothing."""
+    found = []
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), data.arrays)
+    jax.eval_shape(lambda *args: found.append(classes(*args)), params, model_state, rows)
+    return found[0]
 
 
 def _same_shapes(given: PyTree, own: PyTree) -> None:

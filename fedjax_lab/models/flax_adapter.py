@@ -35,7 +35,7 @@ def from_flax(
     Args:
       module: its ``__call__`` may take ``train``, ``training``, ``is_training``, ``deterministic``
         or ``use_running_average``, which then say whether it trains, and ``mask: bool[batch]``, the
-        real examples, for batch normalisation (``nn.BatchNorm`` wants it with its input's axes).
+        real examples. Every ``nn.BatchNorm`` that gets no mask from the module gets this one.
       sample_input: what the module is initialised with if there are no data: an array, a
         ShapeDtypeStruct or a shape, with the batch axis: ``(1, 28, 28, 1)``; several in a list if
         the module takes several arguments. With data, the shape is theirs.
@@ -85,13 +85,15 @@ def from_flax(
 
     def apply(params, model_state, batch, mask, key, train):
         x = functional.arguments(inputs, batch, params)
-        call = dict(modes(train, mask, functional.batch_size(x)))
+        size = functional.batch_size(x)
+        call = dict(modes(train, mask, size))
         call["rngs"] = None if key is None else streams(key)
         variables = {"params": params, **(model_state or {})}
         if not model_state:
             return module.apply(variables, *x, **call), model_state
         # Mutable in evaluation too, for modules that write there; what they write is then dropped.
-        outputs, state = module.apply(variables, *x, mutable=list(model_state), **call)
+        with nn.intercept_methods(_masking(functional.some_real(mask, size))):
+            outputs, state = module.apply(variables, *x, mutable=list(model_state), **call)
         return outputs, _same_collections(flax.core.unfreeze(state), model_state) if train else model_state
 
     return functional.model(
@@ -103,6 +105,19 @@ def from_flax(
         init_from=init_from,
         compute_dtype=compute_dtype,
     )
+
+
+def _masking(mask: jax.Array) -> Callable:
+    """Gives batch normalisation the mask of the real examples, where the module itself passes none on."""
+
+    def call(next_method, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__" and "mask" not in kwargs:
+            x = args[0] if args else kwargs["x"]
+            if x.ndim and x.shape[0] == mask.shape[0]:
+                kwargs = {**kwargs, "mask": mask.reshape(-1, *[1] * (x.ndim - 1))}
+        return next_method(*args, **kwargs)
+
+    return call
 
 
 def from_shape(

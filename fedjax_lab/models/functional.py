@@ -73,7 +73,12 @@ def model(
         outputs = widened(outputs)
         return {name: _one_each(name, f(outputs, batch), batch) for name, f in measured.items()}
 
-    made = Model(init, model_loss, model_metrics, init_from, num_classes)
+    def classes(params, model_state, batch):
+        """How many the network tells apart; it is a classifier by its loss."""
+        return apply(params, model_state, batch, None, jax.random.key(0), False)[0].shape[-1]
+
+    counted = classes if loss is losses.cross_entropy and num_classes is None else None
+    made = Model(init, model_loss, model_metrics, init_from, num_classes, counted)
     return made if compute_dtype is None else mixed_precision(made, compute_dtype)
 
 
@@ -134,13 +139,13 @@ def mode_arguments(
     def given(train: bool, mask: jax.Array | None, size: int) -> dict[str, Any]:
         keywords: dict[str, Any] = {**dict.fromkeys(on, train), **dict.fromkeys(off, not train)}
         if mask_argument is not None and mask_argument in known:
-            keywords[mask_argument] = _some_real(mask, size)
+            keywords[mask_argument] = some_real(mask, size)
         return keywords
 
     return given
 
 
-def _some_real(mask: jax.Array | None, size: int) -> jax.Array:
+def some_real(mask: jax.Array | None, size: int) -> jax.Array:
     """The mask, or all ones where no row is real: statistics over nothing would be NaN.
 
     A batch without a real row is only ever computed to be thrown away, but a NaN would spoil the

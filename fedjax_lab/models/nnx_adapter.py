@@ -74,7 +74,10 @@ def from_nnx(
         net = nnx.merge(graph, _filled(params_like, params), _seeded(random_like, key), state)
         net.train() if train else net.eval()
         x = functional.arguments(inputs, batch, params)
-        keywords = modes(train, mask, functional.batch_size(x))
+        size = functional.batch_size(x)
+        keywords = modes(train, mask, size)
+        if stateful and train:
+            _mask_batch_norms(net, functional.some_real(mask, size))
         if takes_rngs:
             keywords["rngs"] = nnx.Rngs(jax.random.fold_in(key, 0))
         outputs = net(*x, **keywords)
@@ -83,6 +86,20 @@ def from_nnx(
     return functional.model(
         init, apply, loss=loss, metrics=metrics, num_classes=num_classes, compute_dtype=compute_dtype
     )
+
+
+def _mask_batch_norms(net: nnx.Module, mask: jax.Array) -> None:
+    """Has batch normalisations take ``mask: bool[batch]``, the real examples, where the module passes none on."""
+
+    class Masked(nnx.BatchNorm):
+        def __call__(self, x, *args, **kwargs):
+            if kwargs.get("mask") is None and x.ndim and x.shape[0] == mask.shape[0]:
+                kwargs["mask"] = mask.reshape(-1, *[1] * (x.ndim - 1))
+            return super().__call__(x, *args, **kwargs)
+
+    for _, node in nnx.iter_graph(net):
+        if type(node) is nnx.BatchNorm:
+            node.__class__ = Masked
 
 
 def _factory(module: Any) -> Callable[[jax.Array], Any]:

@@ -213,3 +213,19 @@ def test_compiled_programs_are_kept_in_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
     cli._set_up(cache=True)
     assert not changed
+
+
+def test_settings_that_are_refused_late_leave_the_folder_free(experiments, capsys):
+    def refuses(config, out):
+        if config.num_rounds > 5:
+            raise ValueError("too many rounds")
+        (out / "runs").mkdir()
+        return common.summary([])
+
+    experiments["toy"] = toy(main=refuses)
+    assert command("run", "toy", "--num-rounds", "9", "--out", "here") == 2
+    assert "too many rounds" in capsys.readouterr().err
+    assert command("run", "toy", "--num-rounds", "2", "--out", "here") == 0
+    # What ran is not given up for a refusal.
+    assert command("run", "toy", "--num-rounds", "9", "--out", "here") == 2
+    assert "num_rounds was 2 there" in capsys.readouterr().err

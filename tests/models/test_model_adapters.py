@@ -60,7 +60,7 @@ def test_the_modes_argument_is_found(adapted, name, training, evaluating):
 def test_several_modes_and_the_mask_are_given_together(adapted):
     model = adapted("mask", "train", "deterministic")
     np.testing.assert_array_equal(seen(model, True), [1, 1, 0])
-    np.testing.assert_array_equal(seen(model, True, NO_MASK), [1, 1, 1])  # see _some_real
+    np.testing.assert_array_equal(seen(model, True, NO_MASK), [1, 1, 1])  # see some_real
     np.testing.assert_array_equal(seen(model, False, None), [1, 1, 1])
 
 
