@@ -106,7 +106,7 @@ def adapters(
         return fresh(jax.random.fold_in(key, 0x10A)), model_state
 
     init_from = model.init_from
-    adapted = model._replace(
+    adapted = model._replace(classes=None, 
         init=lambda key: started(model.init(key), key),
         init_from=None if init_from is None else lambda key, batch: started(init_from(key, batch), key),
         loss=lambda params, *rest: model.loss(merge(params), *rest),

@@ -84,7 +84,7 @@ def fedpara(
 
     whole = lambda params: composed(params, personal)
     init_from = model.init_from
-    return model._replace(
+    return model._replace(classes=None, 
         init=lambda key: factorized(model.init(key), key),
         init_from=None if init_from is None else lambda key, batch: factorized(init_from(key, batch), key),
         loss=lambda params, *rest: model.loss(whole(params), *rest),

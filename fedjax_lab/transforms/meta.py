@@ -165,7 +165,7 @@ def with_rates(model: Model, rate: Any) -> Model:
     checks.positive(rate, "rate")
     both = lambda made: ({"params": made[0], "rates": jax.tree.map(lambda w: jnp.full_like(w, rate), made[0])}, made[1])
     init_from = model.init_from
-    return model._replace(
+    return model._replace(classes=None, 
         init=lambda key: both(model.init(key)),
         init_from=None if init_from is None else lambda key, batch: both(init_from(key, batch)),
         loss=lambda params, *rest: model.loss(params["params"], *rest),

@@ -96,7 +96,7 @@ def with_components(model: Model, components: int, *, spread: Any = 0.0) -> Mode
         return found
 
     init_from = None if model.init_from is None else several(model.init_from)
-    return model._replace(init=several(model.init), loss=loss, metrics=metrics, init_from=init_from)
+    return model._replace(classes=None, init=several(model.init), loss=loss, metrics=metrics, init_from=init_from)
 
 
 def mixture(*, personalize_steps: int = 1) -> Transform:
