@@ -91,7 +91,7 @@ def student(model: Model, teacher: Teacher) -> Model:
         ours = log_probabilities(model, Variables(params, model_state), batch, classes)
         return -jnp.sum(theirs * ours, axis=1), after
 
-    return model._replace(loss=loss, num_classes=None)
+    return model._replace(loss=loss, num_classes=None, classes=None)
 
 
 def distil(

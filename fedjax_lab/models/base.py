@@ -43,6 +43,26 @@ class Model(NamedTuple):
     classes: Callable[[PyTree, PyTree, PyTree], int] | None = None
 
 
+def reparametrized(
+    model: Model, start: Callable[[Any, jax.Array], tuple[PyTree, PyTree]], whole: Callable[[PyTree], PyTree]
+) -> Model:
+    """The model that trains other parameters than its own.
+
+    Args:
+      model: any model.
+      start: ``((params, model_state), key) -> (params, model_state)``, the new parameters from what the model makes.
+      whole: ``params -> params``, the model's own parameters from the new ones.
+    """
+    init_from, classes = model.init_from, model.classes
+    return model._replace(
+        init=lambda key: start(model.init(key), key),
+        init_from=None if init_from is None else lambda key, batch: start(init_from(key, batch), key),
+        loss=lambda params, *rest: model.loss(whole(params), *rest),
+        metrics=lambda params, *rest: model.metrics(whole(params), *rest),
+        classes=None if classes is None else lambda params, *rest: classes(whole(params), *rest),
+    )
+
+
 def initial_variables(model: Model, key: jax.Array, data: Any, params: PyTree = None) -> Variables:
     """The variables that training starts from, after checking that the data suit the model.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lab import checks
-from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.models.base import Model, Variables, reparametrized
 from fedjax_lab.round import Lens, Round, Transform
 
 PyTree = Any
@@ -105,14 +105,7 @@ def adapters(
         _same(frozen, params)
         return fresh(jax.random.fold_in(key, 0x10A)), model_state
 
-    init_from = model.init_from
-    adapted = model._replace(classes=None, 
-        init=lambda key: started(model.init(key), key),
-        init_from=None if init_from is None else lambda key, batch: started(init_from(key, batch), key),
-        loss=lambda params, *rest: model.loss(merge(params), *rest),
-        metrics=lambda params, *rest: model.metrics(merge(params), *rest),
-    )
-    return Adapters(adapted, merge, _merged(model, merge))
+    return Adapters(reparametrized(model, started, merge), merge, _merged(model, merge))
 
 
 def _merged(model: Model, merge: Callable[[PyTree], PyTree]) -> Transform:

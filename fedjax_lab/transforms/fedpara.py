@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab import checks
-from fedjax_lab.models.base import Model
+from fedjax_lab.models.base import Model, reparametrized
 from fedjax_lab.transforms.mixture import Components
 
 PyTree = Any
@@ -82,14 +82,7 @@ def fedpara(
 
         return jax.tree_util.tree_map_with_path(one, params), model_state
 
-    whole = lambda params: composed(params, personal)
-    init_from = model.init_from
-    return model._replace(classes=None, 
-        init=lambda key: factorized(model.init(key), key),
-        init_from=None if init_from is None else lambda key, batch: factorized(init_from(key, batch), key),
-        loss=lambda params, *rest: model.loss(whole(params), *rest),
-        metrics=lambda params, *rest: model.metrics(whole(params), *rest),
-    )
+    return reparametrized(model, factorized, lambda params: composed(params, personal))
 
 
 def composed(params: PyTree, personal: bool = False) -> PyTree:

@@ -12,7 +12,7 @@ from fedjax_lab import checks, shuffle
 from fedjax_lab.client import ClientData, of_second_part
 from fedjax_lab.gradients import client_gradient
 from fedjax_lab.local import gradient_oracle
-from fedjax_lab.models.base import Model, Variables, add, difference
+from fedjax_lab.models.base import Model, Variables, add, difference, reparametrized
 from fedjax_lab.round import Oracle, Round, Tilt, Transform, chain_tilts, identity
 from fedjax_lab.transforms.personal import received_model
 from fedjax_lab.transforms.smoothness import twice_differentiable
@@ -163,13 +163,11 @@ def with_rates(model: Model, rate: Any) -> Model:
     """
     checks.model(model)
     checks.positive(rate, "rate")
-    both = lambda made: ({"params": made[0], "rates": jax.tree.map(lambda w: jnp.full_like(w, rate), made[0])}, made[1])
-    init_from = model.init_from
-    return model._replace(classes=None, 
-        init=lambda key: both(model.init(key)),
-        init_from=None if init_from is None else lambda key, batch: both(init_from(key, batch)),
-        loss=lambda params, *rest: model.loss(params["params"], *rest),
-        metrics=lambda params, *rest: model.metrics(params["params"], *rest),
+    rates = lambda params: jax.tree.map(lambda w: jnp.full_like(w, rate), params)
+    return reparametrized(
+        model,
+        lambda made, key: ({"params": made[0], "rates": rates(made[0])}, made[1]),
+        lambda params: params["params"],
     )
 
 

@@ -95,8 +95,17 @@ def with_components(model: Model, components: int, *, spread: Any = 0.0) -> Mode
             found["accuracy"] = (best == labels).astype(jnp.float32)
         return found
 
-    init_from = None if model.init_from is None else several(model.init_from)
-    return model._replace(classes=None, init=several(model.init), loss=loss, metrics=metrics, init_from=init_from)
+    def classes(params, model_state, batch):
+        first = lambda tree: jax.tree.map(lambda leaf: leaf[0], tree.each)
+        return model.classes(first(params), first(model_state), batch)
+
+    return model._replace(
+        init=several(model.init),
+        loss=loss,
+        metrics=metrics,
+        init_from=None if model.init_from is None else several(model.init_from),
+        classes=None if model.classes is None else classes,
+    )
 
 
 def mixture(*, personalize_steps: int = 1) -> Transform:

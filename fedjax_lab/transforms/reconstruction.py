@@ -127,7 +127,7 @@ def reconstruction(
 
 def _initial(model: Model, data: Any) -> Variables:
     """The model as every client can make it; ``data`` are looked at for their shapes only."""
-    return initial_variables(model._replace(classes=None, num_classes=None), jax.random.key(0), data)
+    return initial_variables(model._replace(num_classes=None, classes=None), jax.random.key(0), data)
 
 
 def _same_model(trained: Variables, made: Variables) -> None:

@@ -9,6 +9,7 @@ from flax import nnx
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
+from fedjax_lab.transforms import adapters, fedpara, with_components, with_rates
 from tests.problems import assert_close
 
 SGD = optax.sgd(0.5)
@@ -82,3 +83,25 @@ def test_labels_that_the_network_has_no_score_for_are_refused(name):
     crowd = {"good": rows(3, 0), "bad": rows(3, 1) | {"y": np.array([0, 7, 1])}}
     with pytest.raises(ValueError, match=r"label 7 of client 'bad' .* outside the model's classes 0\.\.1"):
         fl.synchronous(fedavg(MODELS[name], SGD), fl.FederatedData.from_clients(crowd))
+
+
+WHOLE = MODELS["linen"]
+OTHER_FORMS = {
+    "with_rates": lambda: with_rates(WHOLE, 0.1),
+    "adapters": lambda: adapters(WHOLE, WHOLE.init_from(jax.random.key(0), rows(1, 0))[0], rank=1).model,
+    "fedpara": lambda: fedpara(WHOLE, rank=1),
+    "components": lambda: with_components(WHOLE, 2),
+    "components of fedpara": lambda: with_components(fedpara(WHOLE, rank=1), 2),
+    "precision": lambda: fl.models.mixed_precision(WHOLE, "bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMS)
+def test_a_model_in_another_form_knows_its_labels_still(name):
+    model = OTHER_FORMS[name]()
+    start = lambda *labels: fl.models.initial_variables(
+        model, jax.random.key(0), fl.FederatedData.from_clients({"bad": rows(3, 1) | {"y": np.array(labels)}})
+    )
+    start(0, 1, 1)
+    with pytest.raises(ValueError, match=r"label 7 of client 'bad' .* outside the model's classes 0\.\.1"):
+        start(0, 7, 1)
