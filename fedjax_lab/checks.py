@@ -160,8 +160,14 @@ def integer(value: Any, name: str, least: int, below: int = 2**32) -> int:
     except TypeError:
         raise ValueError(f"{name} must be an integer; got {shown(value)}") from None
     if isinstance(value, bool) or not least <= number < below:
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+        most = f" and below {below}" if number >= below else ""
+        raise ValueError(f"{name} must be an integer of at least {least}{most}; got {value!r}")
     return number
+
+
+def generator(seed: Any) -> np.random.Generator:
+    """NumPy's generator for a seed. Raises ValueError, in our words, for a number that can't be one."""
+    return np.random.default_rng(integer(seed, "seed", 0, 2**128) if isinstance(seed, (int, float)) else seed)
 
 
 def positive(value: Any, name: str, *, integer: bool = False, unit: str = "") -> None:

@@ -302,7 +302,7 @@ class FederatedData:
         shares = checks.shares(fraction)
         sizes = np.asarray(self.sizes)
         owner = np.repeat(np.arange(self.num_clients), sizes)
-        order = np.lexsort((np.random.default_rng(seed).random(len(owner)), owner))
+        order = np.lexsort((checks.generator(seed).random(len(owner)), owner))
         rank = np.arange(len(owner)) - np.repeat(self._compact_starts(), sizes)
         bounds = np.floor(np.cumsum(shares)[:-1, None] * sizes + 0.5).astype(np.int64)
         bounds = np.clip(bounds, np.minimum(sizes, 1), np.maximum(sizes - 1, np.minimum(sizes, 1)))
@@ -325,7 +325,7 @@ class FederatedData:
             raise ValueError(f"split_clients takes the share of the first part alone; got {fraction}")
         if self.num_clients < 2:
             raise ValueError("split_clients needs at least two clients; this data set has one")
-        order = np.random.default_rng(seed).permutation(self.num_clients)
+        order = checks.generator(seed).permutation(self.num_clients)
         cut = min(max(int(fraction * self.num_clients + 0.5), 1), self.num_clients - 1)
         return Split(self.select(np.sort(order[:cut])), self.select(np.sort(order[cut:])))
 

@@ -3,9 +3,10 @@
 Every function here gives an ``evaluate(process, state) -> {name: float}``, which ``run`` and ``sweep`` take.
 """
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -134,10 +135,37 @@ def client_metrics(test: FederatedData, support: FederatedData | None = None, *,
             made = compiled[id(process.round)] = make(process)
         _, home, here, adapt, function = made
         number = jnp.asarray(getattr(state, "round", 0), jnp.int32)  # schedules over rounds go by it
-        sizes, values = function(process.server(state), process.clients(state), process.data, here, adapt, home, number)
+        server, clients = process.server(state), process.clients(state)
+        with unlike_training(test, process.data):
+            sizes, values = function(server, clients, process.data, here, adapt, home, number)
         return ClientMetrics(values, sizes)
 
     return Evaluation(arrays, lambda metrics: metrics)
+
+
+@contextlib.contextmanager
+def unlike_training(test: FederatedData, train: FederatedData) -> Iterator[None]:
+    """If the model can't be computed on examples of other shapes than it is trained on, say that this is why.
+
+    A model that takes inputs of several shapes is free to: nothing is refused beforehand.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError:  # the device's: it has nothing to do with shapes
+        raise
+    except Exception as error:  # libraries of layers raise their own
+        known = dict(checks.named_leaves(train.arrays))
+        other = [
+            f"{name} has shape {a.shape[1:]}, in training {known[name].shape[1:]}"
+            for name, a in checks.named_leaves(test.arrays)
+            if name in known and a.shape[1:] != known[name].shape[1:]
+        ]
+        if not other:
+            raise
+        raise ValueError(
+            f"the model can't be evaluated on these examples: of one example {'; '.join(other)}. Give both the same "
+            "shape"
+        ) from error
 
 
 def beside(test: FederatedData, process: Process) -> tuple[FederatedData, PyTree]:

@@ -84,6 +84,8 @@ def run(
     seed = checks.integer(seed, "seed", 0)
     _check(process, evaluate, resume, checkpoint_every, params)
     callbacks = _callbacks(callbacks)
+    if out == "":
+        raise ValueError("out is an empty string: name a folder, or leave it out to keep nothing")
     folder, config = None if out is None else Path(out), run_folder.plain_config(config)
     settings = {"num_rounds": num_rounds, "every": every, "seed": seed, "out": str(out), "config": config}
     hosts.agree(settings | {"callbacks": len(callbacks), "an evaluation": evaluate is not None})

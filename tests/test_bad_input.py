@@ -76,6 +76,21 @@ def test_labels_of_the_test_data_too():
     refused(lambda: evaluate(healthy, state), "label 7 of client 'bob'", "row 3")
 
 
+@pytest.mark.parametrize("model", [MODEL, softmax_model(3, 2), fl.models.mlp(3)])
+@pytest.mark.parametrize("evaluate", [fl.global_metrics, fl.per_client_accuracy])
+def test_test_data_of_another_shape(evaluate, model):
+    wide = fl.FederatedData.from_clients({"ann": client(x=np.ones((4, 5), np.float32))})
+    words = ("of one example x has shape (5,), in training (2,)",)
+    raises(lambda: fl.run(process(data(), model=model), 3, evaluate=evaluate(wide)), *words)
+
+
+def test_test_data_of_another_shape_that_the_model_takes():
+    """This one flattens its inputs."""
+    column = fl.FederatedData.from_clients({"ann": client(x=np.ones((4, 2, 1), np.float32))})
+    numbers = [fl.run(process(data()), 1, evaluate=fl.global_metrics(d)).metrics[-1]["loss"] for d in (column, data())]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
 def test_features_that_are_not_finite(value):
     x = np.ones((4, 2))

@@ -61,6 +61,15 @@ def test_a_split_divides_every_client(fractions):
     assert not np.array_equal(parts[0].arrays["x"], data.split(fractions, seed=4)[0].arrays["x"])
 
 
+def test_seeds_of_splits_that_are_none():
+    whole = fl.FederatedData.from_clients({k: {"x": np.zeros(4)} for k in range(3)})
+    for split in (whole.split, whole.split_clients):
+        with pytest.raises(ValueError, match="seed must be an integer of at least 0; got -1"):
+            split(0.5, seed=-1)
+        with pytest.raises(ValueError, match=r"seed must be an integer; got 0\.5"):
+            split(0.5, seed=0.5)
+
+
 def test_splitting_clients_separates_them():
     _, data = make(tuple(range(1, 11)))
     seen, unseen = data.split_clients(0.7, seed=1)

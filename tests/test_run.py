@@ -235,6 +235,8 @@ def test_a_name_that_comes_late_and_clashes():
         ({"every": 0}, "every must be an integer of at least 1; got 0"),
         ({"seed": -4}, "seed must be an integer of at least 0; got -4"),
         ({"seed": "a"}, "seed must be an integer; got 'a'"),
+        ({"seed": 2**32}, "seed must be an integer of at least 0 and below 4294967296; got 4294967296"),
+        ({"out": ""}, "out is an empty string"),
         ({"resume": "yes"}, "resume must be True, False or 'anyway'; got 'yes'"),
         ({"evaluate": 3}, "evaluate must be a function"),
         ({"callbacks": [3]}, "a callback must be a function of one Info; got 3"),

@@ -37,7 +37,7 @@ def random_clients(count: int, seed: int = 0) -> Callable[[Sequence[str]], list[
     def choose(ids: Sequence[str]) -> list[str]:
         if not 0 < count <= len(ids):
             raise ValueError(f"random_clients({count}): there are {len(ids)} clients")
-        drawn = np.random.default_rng(seed).choice(len(ids), count, replace=False)
+        drawn = checks.generator(seed).choice(len(ids), count, replace=False)
         return [ids[int(k)] for k in np.sort(drawn)]
 
     return choose

@@ -43,7 +43,7 @@ def quadratics(
     _not_negative(heterogeneity, "heterogeneity")
     if not 1 <= condition_number < np.inf:
         raise ValueError(f"condition_number must be at least 1; got {condition_number!r}")
-    rng = np.random.default_rng(seed)
+    rng = checks.generator(seed)
     b = heterogeneity * rng.standard_normal((num_clients, dim))
     A = np.stack([_curvature(rng, dim, condition_number) for _ in range(num_clients)])
     if same_curvature:
@@ -129,7 +129,7 @@ def point_estimation(
         raise ValueError(f"num_attacked must be 0 to {num_clients} clients; got {num_attacked!r}")
     if num_attacked:
         checks.positive(tau_attacked, "tau_attacked")
-    rng = np.random.default_rng(seed)
+    rng = checks.generator(seed)
     attacked = rng.permutation(num_clients) < num_attacked
     spread = np.where(attacked, tau_attacked, tau)[:, None]
     w = center + spread * rng.standard_normal((num_clients, dim))
@@ -177,7 +177,7 @@ def clustered_regression(
     _not_negative(noise, "noise")
     if clusters > num_clients:
         raise ValueError(f"{num_clients} clients can't fill {clusters} clusters")
-    rng = np.random.default_rng(seed)
+    rng = checks.generator(seed)
     directions = rng.standard_normal((dim, clusters))
     if clusters <= dim:
         directions, _ = np.linalg.qr(directions)

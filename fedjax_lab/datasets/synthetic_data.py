@@ -51,7 +51,7 @@ def synthetic(
     checks.positive(num_clients, "num_clients", integer=True)
     checks.positive(dim, "dim", integer=True)
     checks.positive(num_classes, "num_classes", integer=True)
-    rng = np.random.default_rng(seed)
+    rng = checks.generator(seed)
     sizes = rng.lognormal(_SIZE_MEAN, _SIZE_SIGMA, num_clients).astype(int) + _SIZE_MIN
     spread = np.arange(1, dim + 1) ** -0.6  # the square roots of Sigma's diagonal
     W, b, v = _parameters(rng, alpha, beta, num_clients, iid, dim, num_classes)
