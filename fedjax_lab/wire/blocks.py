@@ -206,6 +206,8 @@ class Blocks:
         return jax.tree.map(lambda a: a[i], self.parts)
 
     def wire_bytes(self) -> Any:
+        if not self.count:
+            return length(self.rest)
         each = length(jax.eval_shape(self._one, 0)) * self.count if self.sizes is None else jnp.sum(self.sizes)
         return each + length(self.rest)
 
@@ -215,6 +217,8 @@ class Blocks:
     def load(self, reader: Reader) -> "Blocks":
         parts = [read(self._one(i), reader) for i in range(self.count)]
         rest = read(self.rest, reader)
+        if not self.count:
+            return dataclasses.replace(self, rest=rest)
         stacked = jax.tree.map(lambda *a: jnp.stack(a), *parts)
         sizes = None if self.sizes is None else jnp.stack([jnp.asarray(length(p)) for p in parts])
         return Blocks(stacked, sizes, rest, self.like, self.count)
@@ -222,7 +226,7 @@ class Blocks:
 
 def _by_block(link: Wire, size: int | None, count: int | None) -> Wire:
     def shape(total: int) -> tuple[int, int]:
-        width = min(size, max(total, 1)) if size is not None else -(-total // (count or 1))
+        width = min(size, max(total, 1)) if size is not None else max(-(-total // (count or 1)), 1)
         return -(-total // width), width
 
     def contexts(ctx: Ctx, blocks: int, state: Any):

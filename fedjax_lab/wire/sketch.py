@@ -136,6 +136,8 @@ def fetch_sgd(rows: int = 5, *, width: Any, k: Any, momentum: Any = 0.9) -> Wire
 
     def decode(total: Vector, ctx):
         size = size_of(total.like)
+        if not size:
+            return unravel(jnp.zeros(0), total.rest, total.like), ctx.state
         family = hashes(total.code.shape[1])
         velocity = momentum * ctx.state.momentum + total.code
         error = ctx.state.error + velocity

@@ -53,6 +53,14 @@ def test_what_arrives_has_the_shapes_and_types_of_what_was_sent(name):
     assert (got["b"].dtype, got["n"].dtype) == (jnp.float32, x["n"].dtype)
 
 
+@pytest.mark.parametrize("name", [name for name in LINKS if name != "split"])  # which wants a parameter of that name
+def test_counters_alone_travel_as_they_are(name):
+    x = {"n": jnp.arange(3, dtype=jnp.int32), "none": jnp.zeros((0, 2))}
+    got, size = wire.round_trip(LINKS[name], x)
+    assert_same_bits(got, x)
+    assert 12 <= int(size) <= 16  # some send a seed all the same
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_over_clients_and_rounds_it_is_the_same(name):
     """vmap over clients inside scan over rounds, compiled, against each client by itself."""
