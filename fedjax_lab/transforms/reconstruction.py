@@ -67,7 +67,12 @@ def reconstruction(
             raise ValueError(
                 "reconstruction() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"
             )
-        if {"partial", "many_models", "sub_models", "pruned", "merged"} & round.traits:
+        if {"sub_models", "pruned", "merged"} & round.traits:
+            raise ValueError(
+                "reconstruction() takes leaves out of whole models, but this Round sends parts of one (federated dropout, "
+                "width slices, pruning, merged adapters), which don't go together"
+            )
+        if {"partial", "many_models"} & round.traits:
             raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
         if "by_leaf" in round.traits:
             raise ValueError(
