@@ -69,8 +69,8 @@ def reconstruction(
             )
         if {"sub_models", "pruned", "merged"} & round.traits:
             raise ValueError(
-                "reconstruction() takes leaves out of whole models, but this Round sends parts of one (federated dropout, "
-                "width slices, pruning, merged adapters), which don't go together"
+                "reconstruction() takes leaves out of whole models, but this Round sends parts of one (federated "
+                "dropout, width slices, pruning, merged adapters), which don't go together"
             )
         if {"partial", "many_models"} & round.traits:
             raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
