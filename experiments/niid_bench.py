@@ -3,9 +3,10 @@
 Li et al., "Federated Learning on Non-IID Data Silos: An Experimental Study", ICDE 2022, table 3, with the settings of
 its published code: ten clients that all take part in 50 rounds of 10 local epochs, a CNN of 44,426 parameters, SGD
 of rate .01, momentum .9 and weight decay 1e-5; digits dealt at random (iid), by Dir(.5) for each label (dirichlet), or
-two labels to a client (labels2). FedProx's mu is tuned. The paper's three seeds and four mu are --seeds 0 1 2 --mus
-0.001 0.01 0.1 1; by default it is one of each. Even that is 6,000 passes over MNIST, many hours on a laptop's CPU:
---cells runs a part.
+two labels to a client (labels2). FedProx's mu is tuned. The figures are those of Flower's baseline of the paper
+(baselines/niid_bench), which counts the best accuracy of a run's rounds; the first version of its table, of one seed,
+is compared as well. Its three seeds and four mu are --seeds 0 1 2 --mus 0.001 0.01 0.1 1; by default it is one of each.
+Even that is 6,000 passes over MNIST, many hours on a laptop's CPU: --cells runs a part.
 
 Where the algorithms differ from the published code's: SCAFFOLD's correction goes through the momentum and its means
 are weighted by examples, FedNova's weights are the clients' examples where the code takes their batches.
@@ -29,11 +30,16 @@ from experiments import common, niid_bench_report
 from experiments.niid_bench_data import PARTITIONS, load, network
 
 ALGORITHMS = ("fedavg", "scaffold", "fedprox", "fednova")
-# Test accuracy after the last round, in percent.
+# Best test accuracy of a run's rounds in percent, by algorithm: the mean of three seeds, and one seed's.
 PUBLISHED = {
     "iid": (99.09, 99.06, 99.16, 99.05),
     "dirichlet": (98.89, 99.07, 99.02, 98.03),
     "labels2": (96.86, 96.92, 96.85, 96.65),
+}
+FIRST_VERSION = {
+    "iid": (99.1, 99.2, 99.2, 99.0),
+    "dirichlet": (98.9, 99.0, 99.0, 98.8),
+    "labels2": (96.6, 96.6, 96.7, 96.5),
 }
 
 
@@ -50,6 +56,10 @@ class Cell(NamedTuple):
     @property
     def published(self) -> float:
         return PUBLISHED[self.partition][ALGORITHMS.index(self.algorithm)]
+
+    @property
+    def first_version(self) -> float:
+        return FIRST_VERSION[self.partition][ALGORITHMS.index(self.algorithm)]
 
 
 CELLS = {cell.name: cell for cell in (Cell(p, a) for p in PARTITIONS for a in ALGORITHMS)}
@@ -79,8 +89,8 @@ class Config:
     """The Dirichlet distribution's parameter."""
     examples: int = 60_000
     """Training digits used; fewer for a trial."""
-    every: int = 5
-    """Rounds between evaluations."""
+    every: int = 1
+    """Rounds between evaluations, of which the best counts."""
     data_dir: str | None = None
     """Folder with the MNIST files; by default FEDJAX_LAB_DATA, or fetched."""
 
@@ -130,7 +140,7 @@ def main(config: Config, out: Path) -> dict[str, Any]:
     )
     data(attempts[0].cell.partition, attempts[0].seed)  # said now, before anything is written, if it can't be had
     trainings = {attempt.name: training(config, attempt, data) for attempt in attempts}
-    results = common.run_all(trainings, out, lambda r: f"test accuracy {common.percent(common.at(r, 'accuracy'))}")
+    results = common.run_all(trainings, out, lambda r: f"test accuracy {common.percent(best(r))}")
     rows = [row(attempt, results[attempt.name]) for attempt in attempts]
     parameters = fl.nbytes(jax.eval_shape(lambda key: network().init(key)[0], jax.random.key(0))) // 4
     checks = niid_bench_report.all_checks(config, PAPER, rows, list(CELLS.values()), parameters)
@@ -174,6 +184,11 @@ def training(config: Config, attempt: Attempt, load: Callable[[str, int], fl.Spl
     return start
 
 
+def best(result: fl.Result) -> float:
+    """The best test accuracy of the rounds that were evaluated."""
+    return max(record["accuracy"] for record in result.metrics if "accuracy" in record)
+
+
 def row(attempt: Attempt, result: fl.Result) -> dict[str, Any]:
     """A run's line in ``summary.json``; accuracies in percent."""
     cell = attempt.cell
@@ -185,7 +200,8 @@ def row(attempt: Attempt, result: fl.Result) -> dict[str, Any]:
         "seed": attempt.seed,
         "mu": attempt.mu,
         "published": cell.published,
-        "accuracy": 100 * common.at(result, "accuracy"),
+        "accuracy": 100 * best(result),
+        "last_accuracy": 100 * common.at(result, "accuracy"),
         "rounds": result.rounds,
         "uplink_bytes": result.uplink_bytes,
         "seconds": result.seconds + result.compile_seconds,

@@ -70,7 +70,30 @@ def test_the_mean_over_seeds_is_judged_with_the_best_mu():
     assert verdicts()[name].ok is None and "not run" in verdicts()[name].reason
     other = verdicts(*rows, config=niid_bench.QUICK)[name]
     assert other.ok is None and "num_rounds is 2 instead of 50" in other.reason
-    assert len(verdicts()) == 1 + 12 + 4
+    assert len(verdicts()) == 1 + 12 + 12 + 4
+
+
+def test_both_published_tables_are_compared():
+    judged = verdicts(row("dirichlet/fednova", 98.93))
+    strict, first = (judged[f"dirichlet/fednova: test accuracy, percent{v}"] for v in ("", ", first version"))
+    assert (strict.paper, strict.ok) == (98.03, False)
+    assert (first.paper, first.ok) == (98.8, True)
+
+
+def test_the_best_round_counts():
+    records = [
+        {"round": 1, "accuracy": 0.5},
+        {"round": 2, "accuracy": 0.75},
+        {"round": 3},
+        {"round": 4, "accuracy": 0.25},
+    ]
+    result = fl.Result(
+        params=None, state=None, metrics=records, uplink_bytes=0, downlink_bytes=0, rounds=4, stopped=None, seconds=1.0,
+        compile_seconds=0.0,
+    )  # fmt: skip
+    attempt = niid_bench.Attempt(niid_bench.CELLS["iid/fedavg"], 0, None)
+    shown = niid_bench.row(attempt, result)
+    assert (shown["accuracy"], shown["last_accuracy"]) == (75.0, 25.0)
 
 
 def test_unlike_clients_must_do_worse():
@@ -109,8 +132,11 @@ def test_end_to_end(data_dir, tmp_path):
     assert cli.main(argv) == 0
     summary, runs = read_folder(tmp_path / "niid_bench")
     assert [(c["name"], c["ok"]) for c in summary["checks"]] == [("parameters of the CNN", True)]
-    assert len(summary["not_run"]) == 10 and len(summary["skipped"]) == 16
+    assert len(summary["not_run"]) == 10 and len(summary["skipped"]) == 28
     for shown in summary["results"]:
-        assert shown["accuracy"] == 100 * runs[shown["run"]][-1]["accuracy"]
+        assert shown["last_accuracy"] == 100 * runs[shown["run"]][-1]["accuracy"]
+        assert shown["accuracy"] == 100 * max(
+            record["accuracy"] for record in runs[shown["run"]] if "accuracy" in record
+        )
         up = 4 * 44_426 + (4 * 10 if shown["algorithm"] == "fednova" else 0)  # a number for each leaf
         assert shown["uplink_bytes"] == up * 10 * shown["rounds"]
