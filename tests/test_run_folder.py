@@ -163,7 +163,15 @@ def test_two_at_once(tmp_path):
 # ---- stopping ----
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, capsys):
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as a terminal's process knows it: one that a shell put in the background was told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, capsys, keyboard):
     def press(info):
         if info.round == 4:
             signal.raise_signal(signal.SIGINT)
@@ -179,7 +187,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, capsys):
     assert lines(tmp_path) == result.metrics
 
 
-def test_ctrl_c_twice_stops_at_once(tmp_path):
+def test_ctrl_c_twice_stops_at_once(tmp_path, keyboard):
     def press(info):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)

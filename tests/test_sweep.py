@@ -195,15 +195,16 @@ def half_precision(rate):
     base = walk()
 
     def step(state, data):
-        return (state - rate * jnp.sin(state)), {"loss": jnp.sum(state)}
+        return (state - rate * state), {"loss": jnp.sum(state)}
 
     return base._replace(init=lambda key, params=None: jnp.arange(4, dtype=jnp.bfloat16), step=step, params=lambda s: s)
 
 
 def test_a_hyper_parameter_is_as_weakly_typed_as_a_number():
-    result = fl.sweep(half_precision, 3, [0], rate=[0.1, 0.3])
+    """With rates and states of a few bits, since XLA may compute in more of them than bfloat16 has."""
+    result = fl.sweep(half_precision, 3, [0], rate=[0.5, 0.25])
     assert result.params.dtype == jnp.bfloat16
-    assert_same_bits(result.cell(rate=0.3).params, fl.run(half_precision(0.3), 3).params)
+    assert_same_bits(result.cell(rate=0.25).params, fl.run(half_precision(0.25), 3).params)
 
 
 @pytest.mark.slow
