@@ -21,6 +21,11 @@ from algorithms.local_only import local_only
 from experiments import common, digits_report
 
 
+def sparse(share: float | None) -> list[Any]:
+    """What makes uploads sparse; nothing if all entries are sent."""
+    return [] if share is None else [fl.uplink(fl.wire.error_feedback(fl.wire.top_k(share)))]
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     num_clients: int = 50
@@ -29,7 +34,7 @@ class Config:
     """Of the Dirichlet distribution: the smaller, the fewer kinds of digits each client has."""
     cohort_size: int = 10
     """Clients that train in a round of FedAvg and FedProx."""
-    num_rounds: int = 100
+    num_rounds: int = 200
     """Rounds of FedAvg and FedProx."""
     epochs: int = 5
     """Passes over its own digits that a client makes in a round."""
@@ -39,6 +44,8 @@ class Config:
     """Of the clients' gradient steps."""
     mu: float = 1.0
     """Strength of FedProx's pull towards the global model."""
+    top_k: float | None = None
+    """Send only this share of an update's entries, the largest ones, and the others later (error feedback)."""
     every: int = 5
     """Rounds between evaluations."""
     seed: int = 0
@@ -48,6 +55,7 @@ class Config:
         fl.checks.positive(self.learning_rate, "learning_rate")
         for name in ("num_clients", "cohort_size", "num_rounds", "every"):
             fl.checks.positive(getattr(self, name), name, integer=True)
+        sparse(self.top_k)
 
 
 QUICK = Config(num_clients=10, cohort_size=4, num_rounds=6, epochs=1, every=2)
@@ -92,9 +100,10 @@ def build(config: Config, data: fl.Split) -> dict[str, fl.Process]:
     model, optimizer = fl.models.mlp(10), optax.sgd(config.learning_rate)
     work: dict[str, Any] = {"epochs": config.epochs, "batch_size": config.batch_size}
     together, mesh = fl.uniform(config.cohort_size), common.mesh(config.cohort_size)
+    sent = lambda round: fl.synchronous(fl.compose(round, *sparse(config.top_k)), data.train, together, mesh=mesh)
     return {
-        FEDAVG: fl.synchronous(fedavg(model, optimizer, **work), data.train, together, mesh=mesh),
-        FEDPROX: fl.synchronous(fedprox(model, optimizer, mu=config.mu, **work), data.train, together, mesh=mesh),
+        FEDAVG: sent(fedavg(model, optimizer, **work)),
+        FEDPROX: sent(fedprox(model, optimizer, mu=config.mu, **work)),
         LOCAL: fl.synchronous(local_only(model, optimizer, **work), data.train, fl.everyone(), mesh=mesh),
     }
 

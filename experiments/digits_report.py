@@ -116,10 +116,14 @@ def question(data: fl.Split) -> str:
 
 def methods(config: Any, local_rounds: int) -> str:
     """What each method does, with this run's settings."""
+    sparse = "" if config.top_k is None else (
+        f" Of a change only the largest {common.percent(config.top_k)} of its entries are sent, with their places; a "
+        "client remembers the others and adds them to its next change (top-k with error feedback)."
+    )  # fmt: skip
     return (
         f"- **FedAvg.** In each of {config.num_rounds} rounds, {config.cohort_size} clients drawn at random get the "
         f"shared model, train it on their own digits ({_times(config.epochs)} over), and send back how it changed. "
-        "The server averages the changes. Pictures never leave a client; models do.\n"
+        f"The server averages the changes. Pictures never leave a client; models do.{sparse}\n"
         "- **FedProx.** The same, but a client that trains is also pulled back towards the shared model (with strength "
         f"mu = {config.mu:g}), so that clients with unusual digits drag it less far from the others.\n"
         f"- **Local training.** Each client trains a model of its own and talks to nobody. It makes "
@@ -194,8 +198,8 @@ def _cost(fedavg: Row, local: Row, data: fl.Split) -> str:
         f"FedAvg moved {common.size(sent)} of models ({common.size(fedavg['uplink_bytes'])} up, the rest down), "
         f"{f'{times:.0f} times' if times >= 2 else f'{times:.1f} times'} the size of all the training pictures "
         f"({common.size(pictures)}); local training moved {common.size(local['uplink_bytes'])}. What federated "
-        "training buys is that pictures stay where they are, and not that little is sent; compressing what is "
-        "sent is a subject of its own."
+        "training buys is that pictures stay where they are, and not that little is sent; with --top-k 0.01 clients "
+        "send a fiftieth of it up."
     )
 
 
