@@ -23,9 +23,7 @@ def _is_node(x: Any) -> bool:
 
 def length(payload: PyTree) -> Any:
     """Bytes of a payload on the wire: a Python integer, or ``uint32[]`` where it depends on the data."""
-    total: Any = 0
-    for leaf in jax.tree.leaves(payload, is_leaf=_is_node):
-        total = total + (leaf.wire_bytes() if _is_node(leaf) else nbytes(leaf))
+    total = nbytes(payload)
     return total if isinstance(total, int) else total.astype(jnp.uint32)
 
 

@@ -51,6 +51,9 @@ def test_numbers_of_bits_that_make_no_sense(make, bits):
         (lambda: wire.clip(0), ("max_norm", "positive")),
         (lambda: wire.clip(-1.0), ("max_norm",)),
         (lambda: wire.gaussian(-1.0), ("noise_multiplier",)),
+        (lambda: wire.split({"(": wire.sign()}), ("'('", "regular expression")),
+        (lambda: wire.split({3: wire.sign()}), ("3", "regular expression")),  # pyright: ignore
+        (lambda: wire.chain([wire.sign(), wire.elias()]), ("one by one", "chain(*links)")),  # pyright: ignore
         (lambda: wire.gaussian(1.0, by="clients"), ("client", "did you mean")),
         (lambda: wire.gaussian(1.0, shares=3), ("server adds its noise once",)),
         (lambda: wire.gaussian(1.0, by="client", shares=0), ("shares",)),

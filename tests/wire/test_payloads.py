@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fedjax_lab as fl
 from fedjax_lab import wire
 from fedjax_lab.wire.packing import pack, pack_trits, unpack
 from tests.problems import assert_close, assert_same_bits
@@ -27,7 +28,7 @@ def test_a_payload_is_as_long_as_its_bytes_and_can_be_read_back(name):
     payload, _, size = encode(x, own, server, KEY)
     template, _, _ = encode(tree(1), own, server, jax.random.key(4))  # another client's
     data = wire.serialize(payload)
-    assert len(data) == int(size) == int(wire.length(payload))
+    assert len(data) == int(size) == int(wire.length(payload)) == int(fl.nbytes(payload))
     again = wire.deserialize(data, template)
     assert_same_bits(again, payload)
     got = undo(payload, server, KEY)
