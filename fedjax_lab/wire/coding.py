@@ -20,9 +20,9 @@ from fedjax_lab.wire.codes import ELIAS, BitReader, Code, bits_to_bytes, rice
 from fedjax_lab.wire.packing import Packed, Trits, pack, pack_trits
 from fedjax_lab.wire.payload import Reader, length, little, read, serialize
 from fedjax_lab.wire.selecting import Positions, as_bitmap, index_bits
+from fedjax_lab.wire.vectors import INTEGERS
 
 PyTree = Any
-NODES = (Packed, Trits, Positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Coded:
             elif isinstance(leaf, Blocks):
                 plain += length(leaf)
             else:
-                data = leaf.data if isinstance(leaf, NODES) else leaf
+                data = leaf.data if isinstance(leaf, INTEGERS) else leaf
                 plain += data.size * data.dtype.itemsize
         return plain + (bits + 7) // 8
 
@@ -75,7 +75,7 @@ class Coded:
             elif isinstance(leaf, Blocks):
                 plain.append(serialize(leaf))
             else:
-                plain.append(little(leaf.data if isinstance(leaf, NODES) else leaf).tobytes())
+                plain.append(little(leaf.data if isinstance(leaf, INTEGERS) else leaf).tobytes())
         return b"".join(plain) + bits_to_bytes(bits)
 
     def load(self, reader: Reader) -> "Coded":
@@ -84,9 +84,9 @@ class Coded:
             if isinstance(leaf, Blocks):
                 leaves[i] = read(leaf, reader)
             elif not _coded(leaf, self.coder):
-                inner = leaf.data if isinstance(leaf, NODES) else leaf
+                inner = leaf.data if isinstance(leaf, INTEGERS) else leaf
                 array = reader.array(inner.shape, inner.dtype)
-                leaves[i] = dataclasses.replace(leaf, data=array) if isinstance(leaf, NODES) else array
+                leaves[i] = dataclasses.replace(leaf, data=array) if isinstance(leaf, INTEGERS) else array
         bit = BitReader(reader.peek())
         for i, leaf in enumerate(leaves):
             if _coded(leaf, self.coder):
@@ -174,7 +174,7 @@ def best_rice(count: int, size: int) -> int:
 
 
 def _whole(x: Any) -> bool:
-    return isinstance(x, (*NODES, Blocks))
+    return isinstance(x, (*INTEGERS, Blocks))
 
 
 def _coded(leaf: Any, coder: Coder) -> bool:
