@@ -142,16 +142,18 @@ def _coding(coder: Coder, name: str) -> Wire:
             return coded, coded.wire_bytes().astype(jnp.uint32)
 
         parts, sizes = jax.vmap(one)(leaf.parts)
-        return dataclasses.replace(leaf, parts=parts, sizes=sizes)
+        return dataclasses.replace(leaf, parts=parts, sizes=sizes, rest=(Coded(leaf.rest, coder),))
 
     def encode(x, state, ctx):
         payload = Coded(jax.tree.map(by_block, x, is_leaf=_whole), coder)
         return payload, state, jnp.uint32(payload.wire_bytes())
 
     def open_(payload, ctx):
-        plain = lambda leaf: (
-            dataclasses.replace(leaf, parts=leaf.parts.payload, sizes=None) if isinstance(leaf, Blocks) else leaf
-        )
+        def plain(leaf):
+            if not isinstance(leaf, Blocks):
+                return leaf
+            return dataclasses.replace(leaf, parts=leaf.parts.payload, sizes=None, rest=leaf.rest[0].payload)
+
         return jax.tree.map(plain, payload.payload, is_leaf=_whole)
 
     return Wire(

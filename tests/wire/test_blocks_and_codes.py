@@ -120,7 +120,7 @@ def test_golomb_coding_of_random_positions_is_near_the_entropy():
 
 
 @pytest.mark.parametrize("code", [wire.golomb(), wire.elias("delta")])
-@pytest.mark.parametrize("values", [wire.sign(), wire.natural(), wire.quantize(4)])
+@pytest.mark.parametrize("values", [wire.sign(), wire.quantize(4), wire.grouped(wire.quantize(8), size=10)])
 def test_positions_are_coded_behind_a_quantizer_of_the_values(values, code):
     """As sparse ternary compression does (Sattler et al. 2019, algorithm 1: top-k, one magnitude, Golomb)."""
     x, sparse, ctx = jax.random.normal(jax.random.key(1), (5000,)), wire.top_k(50), wire.context(0)
