@@ -152,6 +152,7 @@ def context(key: Any, wire: Wire | None = None, like: PyTree = None) -> Ctx:
 
 def round_trip(wire: Wire, x: PyTree, key: Any = 0) -> tuple[PyTree, Any]:
     """What arrives of one client's ``x``, sent once by a fresh client; and the bytes that it took."""
+    x = jax.tree.map(jnp.asarray, x)
     ctx = context(key, wire, x)
     sent = ctx._replace(state=wire.sends(ctx.state))
     payload, _, size = wire.encode(x, wire.init_client(shapes(x)), sent)
@@ -223,6 +224,7 @@ def float_norm(tree: PyTree) -> jax.Array:
 
 def l2_norm(x: jax.Array) -> jax.Array:
     """The l2 norm over the last axis, also of entries whose squares are too small or too large for their type."""
+    x = jnp.abs(x)
     unit = magnitude(x)
     return jnp.sqrt(jnp.sum(jnp.square(x / unit), axis=-1)) * unit[..., 0]
 

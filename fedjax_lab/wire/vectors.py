@@ -42,6 +42,8 @@ def ravel(x: PyTree) -> tuple[jax.Array, tuple, Like]:
     if sum(leaf.size for leaf in floats) > LARGEST:
         raise ValueError(f"a link takes at most {LARGEST} float entries at once: divide them with wire.grouped(link)")
     kind = jnp.result_type(jnp.float32, *floats)
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        raise ValueError("a link takes real numbers: send real and imaginary parts as leaves of their own")
     parts = [leaf.astype(kind).reshape(-1) for leaf in floats]
     vector = parts[0] if len(parts) == 1 else jnp.concatenate([jnp.zeros(0, kind), *parts])
     return vector, tuple(leaf for leaf in leaves if known(leaf) or not is_float(leaf)), Like.of(x)
