@@ -18,7 +18,7 @@ from fedjax_lab.wire.base import Wire, not_longer
 from fedjax_lab.wire.blocks import Blocks
 from fedjax_lab.wire.codes import ELIAS, BitReader, Code, bits_to_bytes, rice
 from fedjax_lab.wire.packing import Packed, Trits, pack, pack_trits
-from fedjax_lab.wire.payload import Reader, length, little, read, serialize
+from fedjax_lab.wire.payload import Reader, check_positions, length, little, read, serialize
 from fedjax_lab.wire.selecting import Positions, as_bitmap, index_bits
 from fedjax_lab.wire.vectors import INTEGERS
 
@@ -242,6 +242,7 @@ def _parse(leaf: Any, coder: Coder, bit: Callable[[], int]) -> Any:
     if isinstance(leaf, Positions):
         read = coder.gaps(leaf.count, leaf.size).read
         where = np.cumsum([read(bit) for _ in range(leaf.count)]) - 1
+        check_positions(where, leaf.count, leaf.size)
         return _positions_like(leaf, where)
     code: Any = coder.levels()
     level = np.zeros(leaf.count, np.int64)
@@ -253,6 +254,7 @@ def _parse(leaf: Any, coder: Coder, bit: Callable[[], int]) -> Any:
         at = -1
         for _ in range(code.read(bit) - 1):
             at += code.read(bit)
+            check_positions([at], 1, leaf.count)
             negative = bit()
             level[at] = -code.read(bit) if negative else code.read(bit)
     codes = jnp.asarray((level + leaf.zero).astype(np.uint32))

@@ -66,6 +66,15 @@ def little(array: Any) -> np.ndarray:
     return array.astype(array.dtype.newbyteorder("<"))
 
 
+def check_positions(where: Any, count: int, size: int) -> None:
+    """Refuse what was read as ``count`` positions in ``0..size-1`` and isn't that."""
+    where = np.asarray(where)
+    if len(where) != count or (len(where) and not 0 <= where.min() <= where.max() < size):
+        raise ValueError(
+            f"the payload has positions beyond {size} entries, or not {count} of them: is it another link's?"
+        )
+
+
 class Reader:
     """Bytes, read from the front."""
 

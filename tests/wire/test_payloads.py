@@ -94,6 +94,23 @@ def test_over_clients_and_rounds_it_is_the_same(name):
             assert_close(undo(payload, server, keys[r][k]), undo(expected, server, keys[r][k]), atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["threshold", "golomb", "golomb of a bitmap", "elias omega", "elias delta"])
+def test_a_damaged_payload_is_read_or_refused_in_words(name):
+    link, x = LINKS[name], tree()
+    payload = link.encode(x, (), wire.context(0))[0]
+    data, rng = wire.serialize(payload), np.random.default_rng(0)
+    for _ in range(60):
+        torn = bytearray(data)
+        for at in rng.integers(0, len(data), 3):
+            torn[at] ^= 1 << rng.integers(8)
+        said = ""
+        try:
+            wire.deserialize(bytes(torn), payload)
+        except ValueError as error:
+            said = str(error)
+        assert not said or "is it another link's?" in said
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 20, 24, 31, 32])
 def test_codes_pack_into_their_bits(bits):
     rng = np.random.default_rng(bits)
