@@ -329,12 +329,14 @@ def upload_bytes(output: ClientOutput) -> Any:
 def nbytes(tree: PyTree) -> Any:
     """Bytes of a pytree's arrays on the wire, each in its true width; PRNG keys by their data.
 
-    An integer; ``uint32[]`` if there is something in it whose length depends on the data (:class:`Sent`) or that may
-    not travel (:class:`Sometimes`).
+    An integer; ``uint32[]`` if there is something in it whose length depends on the data (:class:`Sent`, parts of a
+    link's payload) or that may not travel (:class:`Sometimes`).
     """
     special = (Sent, Sometimes, Verbatim)
 
     def size(leaf) -> Any:
+        if hasattr(leaf, "wire_bytes"):  # see fedjax_lab.wire.payload
+            return leaf.wire_bytes()
         if isinstance(leaf, Sent | Verbatim):
             return leaf.length
         if isinstance(leaf, Sometimes):
@@ -347,5 +349,5 @@ def nbytes(tree: PyTree) -> Any:
 
     return sum(
         size(jnp.asarray(leaf) if isinstance(leaf, int | float | bool) else leaf)
-        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, special))
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, special) or hasattr(x, "wire_bytes"))
     )

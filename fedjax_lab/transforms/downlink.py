@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fedjax_lab.aggregators import within
 from fedjax_lab.nesting import first_message
 from fedjax_lab.round import Round, Sent, Sometimes, Transform, Verbatim, identity, nbytes, through
+from fedjax_lab.wire.asides import sparing_asides
 from fedjax_lab.wire.base import Ctx, Wire, map_floats, stateless, undo, zeros_of
 from fedjax_lab.wire.chaining import chain
 from fedjax_lab.wire.sometimes import by_occasion
@@ -30,7 +31,8 @@ def downlink(*links: Wire, deltas: bool = True) -> Transform:
     The server sends a client how the message differs from what this client last saw, and keeps in step with what
     the client makes of it: a reference for each client, as large as a message. At first contact, and until a
     client has answered once, the message travels whole. What a lossy link loses is thus part of the next difference:
-    memories such as error feedback are neither needed nor taken.
+    memories such as error feedback are neither needed nor taken. Single numbers beside the model (a learning rate)
+    travel as they are.
 
     Args:
       *links: see :mod:`fedjax_lab.wire`; none of them is the inner round itself.
@@ -58,7 +60,7 @@ def downlink(*links: Wire, deltas: bool = True) -> Transform:
                 "downlink() sends changes of what a client last saw, where federated_dropout() sends other units each "
                 "round: use downlink(..., deltas=False)"
             )
-        own = by_occasion(wire)
+        own = by_occasion(sparing_asides(wire))
         return _with_references(round, own) if deltas else _plain(round, own)
 
     return transform

@@ -3,11 +3,14 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.round import Round, Transform, identity, nbytes, upload_bytes
+
+LEAST = "at least 0"
 
 
 def transfers(*, up: Any = None, down: Any = None, latency: Any = 0.0) -> Transform:
@@ -23,13 +26,13 @@ def transfers(*, up: Any = None, down: Any = None, latency: Any = 0.0) -> Transf
       latency: seconds each way, in any of the same forms.
 
     Raises:
-      ValueError: rates that aren't positive, a negative latency; an attribute that clients don't have, when the
-        process is built.
+      ValueError: rates that aren't positive, a negative latency; an attribute that clients don't have, or an array of
+        another length than the population, when the process is built.
     """
     for name, rate in (("up", up), ("down", down)):
         if rate is not None:
-            _check(rate, name, least="positive")
-    _check(latency, "latency", least="at least 0")
+            _check(rate, name, "positive")
+    _check(latency, "latency", LEAST)
     timed = up is not None or down is not None or not (isinstance(latency, int | float) and latency == 0)
 
     def transform(round: Round) -> Round:
@@ -48,7 +51,14 @@ def transfers(*, up: Any = None, down: Any = None, latency: Any = 0.0) -> Transf
                 more = {"transfer_seconds": sum(times)}
             return out._replace(metrics=out.metrics | sizes | more)
 
-        return round._replace(client_update=client_update)
+        def init(key, data, params=None):
+            for name, value, least in (("up", up, "positive"), ("down", down, "positive"), ("latency", latency, LEAST)):
+                values = data.attrs.get(value) if isinstance(value, str) else None
+                if values is not None:
+                    _check(values, f"{name}, the client attribute {value!r},", least)
+            return round.init(key, data, params)
+
+        return round._replace(init=init, client_update=client_update)
 
     return transform
 
@@ -60,16 +70,18 @@ def of(client: ClientData, value: Any) -> Any:
             near = checks.nearest(value, client.attrs)
             raise ValueError(f"clients have no attribute {value!r}{near or f'; they have {sorted(client.attrs)}'}")
         return jnp.asarray(client.attrs[value], jnp.float32)
-    table = jnp.asarray(value, jnp.float32)
+    table, population = jnp.asarray(value, jnp.float32), getattr(client, "population", None)
+    if table.ndim and population not in (None, table.shape[0]):
+        raise ValueError(f"numbers for {table.shape[0]} clients were given for a population of {population}")
     return table[jnp.clip(client.id, 0, table.shape[0] - 1)] if table.ndim else table
 
 
 def _check(value: Any, name: str, least: str) -> None:
     if isinstance(value, str | Tracer):
         return
-    values = jnp.asarray(value)
-    good = (values > 0) if least == "positive" else (values >= 0)
-    if values.ndim > 1 or not jnp.issubdtype(values.dtype, jnp.number) or not (good & jnp.isfinite(values)).all():
+    values = np.asarray(value)
+    good = values.ndim <= 1 and values.size > 0 and values.dtype.kind in "iuf" and np.isfinite(values).all()
+    if not good or not ((values > 0) if least == "positive" else (values >= 0)).all():
         raise ValueError(
             f"{name} must be a number {least}, one for each client, or an attribute's name; got {checks.shown(value)}"
         )

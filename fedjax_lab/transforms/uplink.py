@@ -10,6 +10,7 @@ from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.nesting import first_turn
 from fedjax_lab.round import Aggregator, Env, Round, Transform, Verbatim, identity, marked, through, unmarked
+from fedjax_lab.wire.asides import sparing_asides
 from fedjax_lab.wire.base import Ctx, Like, Wire, as_opened, float_norm, shapes, stateless, undo
 from fedjax_lab.wire.chaining import chain
 from fedjax_lab.wire.sometimes import by_occasion
@@ -66,6 +67,9 @@ def uplink(*links: Wire, max_weight: Any = None, denominators: Any = None) -> Tr
     whole upload; what is behind it, and everything otherwise, is undone for each client. A client whose upload is
     not finite counts as absent, whatever the links would make of it; one that sends nothing keeps its memories.
 
+    Single numbers that an algorithm sends beside a model's update (FedNova's normaliser, a loss) travel as they are, so
+    that the links don't mix them up with the update; noise and links that work on sums are given them, too.
+
     Links that must be summed (fixed point, central noise) are given lifted values, weight times upload, so that
     nothing but a sum is ever looked at.
 
@@ -119,7 +123,7 @@ def _check(wire: Wire, max_weight: Any, denominators: Any) -> None:
 
 
 def _plain(round: Round, wire: Wire) -> Round:
-    inner, wire = round.aggregate, by_occasion(wire)
+    inner, wire = round.aggregate, by_occasion(sparing_asides(wire))
 
     def client_update(message, state, client, key, tilt=identity):
         out = round.client_update(message.inner, state.inner, client, key, tilt=tilt)

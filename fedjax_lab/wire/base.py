@@ -152,6 +152,7 @@ def context(key: Any, wire: Wire | None = None, like: PyTree = None) -> Ctx:
 
 def round_trip(wire: Wire, x: PyTree, key: Any = 0) -> tuple[PyTree, Any]:
     """What arrives of one client's ``x``, sent once by a fresh client; and the bytes that it took."""
+    x = jax.tree.map(jnp.asarray, x)
     ctx = context(key, wire, x)
     sent = ctx._replace(state=wire.sends(ctx.state))
     payload, _, size = wire.encode(x, wire.init_client(shapes(x)), sent)
@@ -216,5 +217,19 @@ def float_size(like: PyTree) -> int:
 
 def float_norm(tree: PyTree) -> jax.Array:
     """The l2 norm over all float leaves, computed in float32 at least, ``float[]``."""
-    squares = [jnp.sum(jnp.square(x.astype(wide(x.dtype)))) for x in jax.tree.leaves(tree) if is_float(x)]
-    return jnp.sqrt(sum(squares)) if squares else jnp.float32(0)
+    norms = [l2_norm(x.astype(wide(x.dtype)).reshape(-1)) for x in jax.tree.leaves(tree) if is_float(x)]
+    kind = jnp.result_type(jnp.float32, *norms)
+    return l2_norm(jnp.stack([n.astype(kind) for n in norms])) if norms else kind.type(0)
+
+
+def l2_norm(x: jax.Array) -> jax.Array:
+    """The l2 norm over the last axis, also of entries whose squares are too small or too large for their type."""
+    x = jnp.abs(x)
+    unit = magnitude(x)
+    return jnp.sqrt(jnp.sum(jnp.square(x / unit), axis=-1)) * unit[..., 0]
+
+
+def magnitude(x: jax.Array) -> jax.Array:
+    """A power of two near the largest entry along the last axis, ``float[..., 1]``; dividing by it rounds nothing."""
+    exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0))[1]
+    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, -100, 100)))

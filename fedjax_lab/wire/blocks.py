@@ -69,12 +69,18 @@ def split(routes: Mapping[str, Wire], rest: Wire | None = None) -> Wire:
       rest: for parameters that no pattern names; by default they travel as they are.
 
     Raises:
-      ValueError: no routes, or no links; a pattern that names no parameter, when the process is built.
+      ValueError: no routes, or no links; a pattern that is no regular expression; one that
+        names no parameter, when the process is built.
     """
     if not isinstance(routes, Mapping) or not routes:
         raise ValueError('split({"pattern": link, ...}) needs at least one route')
     for link in (*routes.values(), *(() if rest is None else (rest,))):
         _check_link(link, "split")
+    for pattern in routes:
+        try:
+            re.compile(pattern)
+        except (TypeError, re.error) as error:
+            raise ValueError(f"split's {checks.shown(pattern)} is no regular expression: {error}") from None
     links = (*routes.values(), identity() if rest is None else rest)
 
     def choose(names: list[str]) -> list[int]:

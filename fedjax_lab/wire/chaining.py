@@ -132,6 +132,7 @@ def _flattened(links: tuple) -> tuple[Wire, ...]:
     for link in links:
         if not isinstance(link, Wire):
             hint = ": call it, wire.top_k(0.05)" if callable(link) else ""
+            hint = ": give its links one by one, chain(*links)" if isinstance(link, list | tuple) else hint
             raise ValueError(f"a chain is made of links such as wire.top_k(0.05); got {checks.shown(link)}{hint}")
         flat.extend(link.links or (() if link.name == "identity" else (link,)))
     return tuple(flat)

@@ -18,11 +18,11 @@ from fedjax_lab.wire.base import Wire, not_longer
 from fedjax_lab.wire.blocks import Blocks
 from fedjax_lab.wire.codes import ELIAS, BitReader, Code, bits_to_bytes, rice
 from fedjax_lab.wire.packing import Packed, Trits, pack, pack_trits
-from fedjax_lab.wire.payload import Reader, length, little, read, serialize
+from fedjax_lab.wire.payload import Reader, check_positions, length, little, read, serialize
 from fedjax_lab.wire.selecting import Positions, as_bitmap, index_bits
+from fedjax_lab.wire.vectors import INTEGERS
 
 PyTree = Any
-NODES = (Packed, Trits, Positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Coded:
             elif isinstance(leaf, Blocks):
                 plain += length(leaf)
             else:
-                data = leaf.data if isinstance(leaf, NODES) else leaf
+                data = leaf.data if isinstance(leaf, INTEGERS) else leaf
                 plain += data.size * data.dtype.itemsize
         return plain + (bits + 7) // 8
 
@@ -75,7 +75,7 @@ class Coded:
             elif isinstance(leaf, Blocks):
                 plain.append(serialize(leaf))
             else:
-                plain.append(little(leaf.data if isinstance(leaf, NODES) else leaf).tobytes())
+                plain.append(little(leaf.data if isinstance(leaf, INTEGERS) else leaf).tobytes())
         return b"".join(plain) + bits_to_bytes(bits)
 
     def load(self, reader: Reader) -> "Coded":
@@ -84,9 +84,9 @@ class Coded:
             if isinstance(leaf, Blocks):
                 leaves[i] = read(leaf, reader)
             elif not _coded(leaf, self.coder):
-                inner = leaf.data if isinstance(leaf, NODES) else leaf
+                inner = leaf.data if isinstance(leaf, INTEGERS) else leaf
                 array = reader.array(inner.shape, inner.dtype)
-                leaves[i] = dataclasses.replace(leaf, data=array) if isinstance(leaf, NODES) else array
+                leaves[i] = dataclasses.replace(leaf, data=array) if isinstance(leaf, INTEGERS) else array
         bit = BitReader(reader.peek())
         for i, leaf in enumerate(leaves):
             if _coded(leaf, self.coder):
@@ -142,16 +142,18 @@ def _coding(coder: Coder, name: str) -> Wire:
             return coded, coded.wire_bytes().astype(jnp.uint32)
 
         parts, sizes = jax.vmap(one)(leaf.parts)
-        return dataclasses.replace(leaf, parts=parts, sizes=sizes)
+        return dataclasses.replace(leaf, parts=parts, sizes=sizes, rest=(Coded(leaf.rest, coder),))
 
     def encode(x, state, ctx):
         payload = Coded(jax.tree.map(by_block, x, is_leaf=_whole), coder)
         return payload, state, jnp.uint32(payload.wire_bytes())
 
     def open_(payload, ctx):
-        plain = lambda leaf: (
-            dataclasses.replace(leaf, parts=leaf.parts.payload, sizes=None) if isinstance(leaf, Blocks) else leaf
-        )
+        def plain(leaf):
+            if not isinstance(leaf, Blocks):
+                return leaf
+            return dataclasses.replace(leaf, parts=leaf.parts.payload, sizes=None, rest=leaf.rest[0].payload)
+
         return jax.tree.map(plain, payload.payload, is_leaf=_whole)
 
     return Wire(
@@ -174,7 +176,7 @@ def best_rice(count: int, size: int) -> int:
 
 
 def _whole(x: Any) -> bool:
-    return isinstance(x, (*NODES, Blocks))
+    return isinstance(x, (*INTEGERS, Blocks))
 
 
 def _coded(leaf: Any, coder: Coder) -> bool:
@@ -240,6 +242,7 @@ def _parse(leaf: Any, coder: Coder, bit: Callable[[], int]) -> Any:
     if isinstance(leaf, Positions):
         read = coder.gaps(leaf.count, leaf.size).read
         where = np.cumsum([read(bit) for _ in range(leaf.count)]) - 1
+        check_positions(where, leaf.count, leaf.size)
         return _positions_like(leaf, where)
     code: Any = coder.levels()
     level = np.zeros(leaf.count, np.int64)
@@ -251,6 +254,7 @@ def _parse(leaf: Any, coder: Coder, bit: Callable[[], int]) -> Any:
         at = -1
         for _ in range(code.read(bit) - 1):
             at += code.read(bit)
+            check_positions([at], 1, leaf.count)
             negative = bit()
             level[at] = -code.read(bit) if negative else code.read(bit)
     codes = jnp.asarray((level + leaf.zero).astype(np.uint32))

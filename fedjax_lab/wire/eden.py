@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lab import checks
-from fedjax_lab.wire.base import Wire, float_size
+from fedjax_lab.wire.base import Wire, float_size, l2_norm
 from fedjax_lab.wire.chaining import chain
 from fedjax_lab.wire.packing import pack
 from fedjax_lab.wire.quantize import bits_between
@@ -51,14 +51,14 @@ def lloyd_max(bits: int = 1, *, scale: str = "unbiased", block: int | None = Non
 
     def encode(vector, ctx):
         rows = rows_of(vector, vector.shape[0])
-        norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+        length = l2_norm(rows)
         # Entries beyond the vector are filled up with zeros, which a block's norm and scale don't notice.
-        standard = rows * (math.sqrt(rows.shape[1]) / jnp.where(norm > 0, norm, 1))
+        standard = rows * (math.sqrt(rows.shape[1]) / jnp.where(length > 0, length, 1))[:, None]
         codes = _nearest(standard, levels)
         chosen = _take(levels, codes)
         along = jnp.sum(rows * chosen, axis=1)
         if scale == "unbiased":
-            factor = jnp.square(norm[:, 0]) / jnp.where(norm[:, 0] > 0, along, 1)
+            factor = length * (length / jnp.where(length > 0, along, 1))
         else:
             factor = along / jnp.sum(chosen * chosen, axis=1)
         return {"codes": pack(codes.reshape(-1)[: vector.shape[0]], bits), "scale": factor}

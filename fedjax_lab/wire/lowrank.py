@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lab import checks
-from fedjax_lab.wire.base import Like, Wire, is_float, not_longer, unbounded, wide
+from fedjax_lab.wire.base import Like, Wire, is_float, magnitude, not_longer, unbounded, wide
 from fedjax_lab.wire.payload import Reader, length, little
 
 PyTree = Any
@@ -82,12 +82,13 @@ def factorize(rank: int, *, sweeps: int = 10, ridge: float = 1e-6) -> Wire:
         return jnp.linalg.solve(gram, _times(target, factor).T).T
 
     def factors(matrix, ctx):
-        b = _random_start(matrix.shape[1], rank)
+        b, unit = _random_start(matrix.shape[1], rank), magnitude(matrix.reshape(-1))[0]
+        matrix = matrix / unit  # squares of very small entries would vanish
         a = solve(matrix, b)
         for _ in range(sweeps):
             b = solve(matrix.T, a)
             a = solve(matrix, b)
-        return a, b
+        return a * unit, b
 
     return _factoring("factorize", rank, factors)
 

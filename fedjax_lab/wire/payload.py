@@ -23,9 +23,7 @@ def _is_node(x: Any) -> bool:
 
 def length(payload: PyTree) -> Any:
     """Bytes of a payload on the wire: a Python integer, or ``uint32[]`` where it depends on the data."""
-    total: Any = 0
-    for leaf in jax.tree.leaves(payload, is_leaf=_is_node):
-        total = total + (leaf.wire_bytes() if _is_node(leaf) else nbytes(leaf))
+    total = nbytes(payload)
     return total if isinstance(total, int) else total.astype(jnp.uint32)
 
 
@@ -66,6 +64,15 @@ def little(array: Any) -> np.ndarray:
     """A NumPy array with its least significant bytes first."""
     array = np.asarray(array)
     return array.astype(array.dtype.newbyteorder("<"))
+
+
+def check_positions(where: Any, count: int, size: int) -> None:
+    """Refuse what was read as ``count`` positions in ``0..size-1`` and isn't that."""
+    where = np.asarray(where)
+    if len(where) != count or (len(where) and not 0 <= where.min() <= where.max() < size):
+        raise ValueError(
+            f"the payload has positions beyond {size} entries, or not {count} of them: is it another link's?"
+        )
 
 
 class Reader:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjax_lab import checks
 from fedjax_lab.wire import hashing
-from fedjax_lab.wire.base import Wire, float_size
+from fedjax_lab.wire.base import Wire, float_size, l2_norm
 from fedjax_lab.wire.packing import pack, pack_trits
 from fedjax_lab.wire.vectors import on_vector
 
@@ -73,7 +73,7 @@ def qsgd(bits: int = 8, *, levels: int | None = None, norm: str = "l2") -> Wire:
     s = levels or 2 ** (bits - 1) - 1
 
     def encode(vector, ctx):
-        size = jnp.linalg.norm(vector) if norm == "l2" else jnp.max(jnp.abs(vector))
+        size = l2_norm(vector) if norm == "l2" else jnp.max(jnp.abs(vector))
         share = jnp.abs(vector) * (s / jnp.where(size > 0, size, 1))
         level = hashing.rounded(share, hashing.seed_of(ctx.private))
         codes = _codes(s + jnp.sign(vector) * jnp.minimum(level, s), 2 * s)
@@ -116,14 +116,16 @@ def terngrad(clip: float | None = None) -> Wire:
 
     Args:
       clip: cut entries at so many standard deviations first (the paper's section 4 has 2.5), which is biased;
-        ``None``: don't.
+        entries that are all the same stay. ``None``: don't.
     """
     if clip is not None:
         checks.positive(clip, "clip")
 
     def encode(vector, ctx):
         if clip is not None:
-            limit = clip * jnp.std(vector)
+            spread = l2_norm(vector - jnp.mean(vector)) / math.sqrt(vector.shape[0])
+            # Where entries don't differ there is nothing to cut: a bias of one entry would never be sent.
+            limit = jnp.where(spread > 1e-6 * jnp.max(jnp.abs(vector)), clip * spread, jnp.inf)
             vector = jnp.clip(vector, -limit, limit)
         largest = jnp.max(jnp.abs(vector))
         share = jnp.abs(vector) / jnp.where(largest > 0, largest, 1)

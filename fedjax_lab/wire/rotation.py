@@ -9,7 +9,7 @@ import numpy as np
 
 from fedjax_lab import checks, shuffle
 from fedjax_lab.wire import hashing
-from fedjax_lab.wire.base import Wire, not_longer
+from fedjax_lab.wire.base import Wire, l2_norm, not_longer
 from fedjax_lab.wire.vectors import on_vector
 
 BLOCK = 8192
@@ -92,7 +92,7 @@ def kashin(redundancy: float = 1.25, *, block: int = BLOCK, iterations: int = 6)
 
         def step(i, carry):
             total, rest = carry
-            limit = jnp.linalg.norm(rest, axis=1, keepdims=True) / math.sqrt(width)
+            limit = l2_norm(rest)[:, None] / math.sqrt(width)
             cut = jnp.clip(frame(rest, width, ctx), -limit, limit)
             return total + cut, rest - back(cut, entries, ctx)
 

@@ -10,7 +10,7 @@ import numpy as np
 from fedjax_lab import checks, shuffle
 from fedjax_lab.wire import hashing
 from fedjax_lab.wire.base import Wire, float_size, identity, not_longer
-from fedjax_lab.wire.payload import Reader, little
+from fedjax_lab.wire.payload import Reader, check_positions, little
 from fedjax_lab.wire.seeds import own_seed
 from fedjax_lab.wire.selecting import as_bitmap, index_bits, largest
 from fedjax_lab.wire.vectors import on_vector
@@ -124,6 +124,7 @@ class Above:
             where = np.flatnonzero(marks[:size])
         else:
             where = (marks[: count * bits].reshape(count, bits).astype(np.int64) << np.arange(bits)).sum(1)
+        check_positions(where, count, size)
         dense = np.zeros(size, dtype)
         dense[where] = values
         return Above(jnp.asarray(dense))

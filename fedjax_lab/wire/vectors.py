@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab.wire.base import Ctx, Like, Wire, as_opened, is_float, wide
+from fedjax_lab.wire.packing import Packed, Trits
 from fedjax_lab.wire.payload import length
+from fedjax_lab.wire.selecting import Positions
 
 PyTree = Any
 LARGEST = 2**31 - 1  # positions are int32
+INTEGERS = (Packed, Trits, Positions)  # what the bytes of an earlier link stand for
 
 
 @jax.tree_util.register_dataclass
@@ -21,7 +24,8 @@ class Vector:
 
     Attributes:
       code: whatever arrays stand for the vector.
-      rest: the leaves that aren't floats, as they were.
+      rest: the leaves that aren't floats, as they were; an earlier link's codes and positions as what they are, for an
+        entropy code behind.
       like: static, the pytree's structure, shapes and types.
     """
 
@@ -32,19 +36,22 @@ class Vector:
 
 def ravel(x: PyTree) -> tuple[jax.Array, tuple, Like]:
     """A pytree's float leaves as one vector in float32 at least, its other leaves, and its structure."""
-    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x)]
-    floats = [leaf for leaf in leaves if is_float(leaf)]
+    known = lambda leaf: isinstance(leaf, INTEGERS)
+    leaves = [leaf if known(leaf) else jnp.asarray(leaf) for leaf in jax.tree.leaves(x, is_leaf=known)]
+    floats = [leaf for leaf in leaves if not known(leaf) and is_float(leaf)]
     if sum(leaf.size for leaf in floats) > LARGEST:
         raise ValueError(f"a link takes at most {LARGEST} float entries at once: divide them with wire.grouped(link)")
     kind = jnp.result_type(jnp.float32, *floats)
+    if jnp.issubdtype(kind, jnp.complexfloating):
+        raise ValueError("a link takes real numbers: send real and imaginary parts as leaves of their own")
     parts = [leaf.astype(kind).reshape(-1) for leaf in floats]
     vector = parts[0] if len(parts) == 1 else jnp.concatenate([jnp.zeros(0, kind), *parts])
-    return vector, tuple(leaf for leaf in leaves if not is_float(leaf)), Like.of(x)
+    return vector, tuple(leaf for leaf in leaves if known(leaf) or not is_float(leaf)), Like.of(x)
 
 
 def unravel(vector: jax.Array, rest: tuple, like: Like) -> PyTree:
     """The pytree again, its float leaves in float32 at least."""
-    leaves, at, others = [], 0, iter(rest)
+    leaves, at, others = [], 0, iter(jax.tree.leaves(rest))
     flat, structure = jax.tree.flatten(like.shapes())
     for leaf in flat:
         if is_float(leaf):

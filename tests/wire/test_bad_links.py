@@ -1,9 +1,12 @@
 """Arguments that no link can work with: named, and refused when built where that can be known."""
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fedjax_lab import wire
+from fedjax_lab.wire.base import float_norm
 from tests.refusals import raises, refused
 
 
@@ -51,6 +54,9 @@ def test_numbers_of_bits_that_make_no_sense(make, bits):
         (lambda: wire.clip(0), ("max_norm", "positive")),
         (lambda: wire.clip(-1.0), ("max_norm",)),
         (lambda: wire.gaussian(-1.0), ("noise_multiplier",)),
+        (lambda: wire.split({"(": wire.sign()}), ("'('", "regular expression")),
+        (lambda: wire.split({3: wire.sign()}), ("3", "regular expression")),  # pyright: ignore
+        (lambda: wire.chain([wire.sign(), wire.elias()]), ("one by one", "chain(*links)")),  # pyright: ignore
         (lambda: wire.gaussian(1.0, by="clients"), ("client", "did you mean")),
         (lambda: wire.gaussian(1.0, shares=3), ("server adds its noise once",)),
         (lambda: wire.gaussian(1.0, by="client", shares=0), ("shares",)),
@@ -66,6 +72,19 @@ def test_what_only_shapes_tell():
     raises(lambda: wire.round_trip(wire.random_k(5001), x), "random_k was asked for 5001")
     raises(lambda: wire.round_trip(wire.dense_rotation(), x), "matrix of 0.1 GB", "wire.hadamard()", "grouped")
     raises(lambda: wire.round_trip(wire.fetch_sgd(width=9, k=6000), x), "k was asked for 6000")
+
+
+def test_complex_numbers():
+    x = {"a": jnp.ones(3), "b": jnp.full(3, 3 + 4j)}
+    raises(lambda: wire.round_trip(wire.qsgd(4), x), "real and imaginary parts")
+    np.testing.assert_allclose(float_norm(x), (3 + 75) ** 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("x", [1.5, {"a": [1.0, 2.0], "n": 3}, np.ones((2, 3))])
+def test_plain_numbers_make_the_round_trip_too(x):
+    for link in (wire.identity(), wire.clip(9.0), wire.low_rank(1), wire.grouped(wire.hadamard())):
+        got, _ = wire.round_trip(link, x)
+        np.testing.assert_allclose(*(np.hstack([np.ravel(a) for a in jax.tree.leaves(t)]) for t in (got, x)), rtol=1e-6)
 
 
 def test_nothing_to_encode():

@@ -119,6 +119,23 @@ def test_golomb_coding_of_random_positions_is_near_the_entropy():
     assert best_rice(5, 5) == 0
 
 
+@pytest.mark.parametrize("code", [wire.golomb(), wire.elias("delta")])
+@pytest.mark.parametrize("values", [wire.sign(), wire.quantize(4), wire.grouped(wire.quantize(8), size=10)])
+def test_positions_are_coded_behind_a_quantizer_of_the_values(values, code):
+    """As sparse ternary compression does (Sattler et al. 2019, algorithm 1: top-k, one magnitude, Golomb)."""
+    x, sparse, ctx = jax.random.normal(jax.random.key(1), (5000,)), wire.top_k(50), wire.context(0)
+    size = lambda *links: int(wire.round_trip(wire.chain(*links), x)[1])
+    saved = size(sparse) - size(sparse, code)
+    assert saved > 5
+    link = wire.chain(sparse, values, code)
+    payload, _, length = link.encode(x, (), ctx)
+    data = wire.serialize(payload)
+    assert len(data) == int(length) == size(sparse, values) - saved
+    got = wire.undo(link, payload, ctx)
+    np.testing.assert_array_equal(wire.undo(link, wire.deserialize(data, payload), ctx), got)
+    np.testing.assert_array_equal(got, wire.round_trip(wire.chain(sparse, values), x, 0)[0])
+
+
 def test_runs_by_hand():
     """Levels 0 0 3 0 -1 in gamma: a count of 2 + 1, gap 3, plus, 3; gap 2, minus, 1."""
     link = wire.chain(wire.qsgd(levels=3, norm="max"), wire.elias("gamma", runs=True))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fedjax_lab as fl
 from fedjax_lab import wire
 from fedjax_lab.wire.packing import pack, pack_trits, unpack
 from tests.problems import assert_close, assert_same_bits
@@ -27,7 +28,7 @@ def test_a_payload_is_as_long_as_its_bytes_and_can_be_read_back(name):
     payload, _, size = encode(x, own, server, KEY)
     template, _, _ = encode(tree(1), own, server, jax.random.key(4))  # another client's
     data = wire.serialize(payload)
-    assert len(data) == int(size) == int(wire.length(payload))
+    assert len(data) == int(size) == int(wire.length(payload)) == int(fl.nbytes(payload))
     again = wire.deserialize(data, template)
     assert_same_bits(again, payload)
     got = undo(payload, server, KEY)
@@ -91,6 +92,23 @@ def test_over_clients_and_rounds_it_is_the_same(name):
             payload = jax.tree.map(lambda a, r=r, k=k: a[r, k], payloads)
             assert int(size) == int(sizes[r][k])
             assert_close(undo(payload, server, keys[r][k]), undo(expected, server, keys[r][k]), atol=2e-5, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["threshold", "golomb", "golomb of a bitmap", "elias omega", "elias delta"])
+def test_a_damaged_payload_is_read_or_refused_in_words(name):
+    link, x = LINKS[name], tree()
+    payload = link.encode(x, (), wire.context(0))[0]
+    data, rng = wire.serialize(payload), np.random.default_rng(0)
+    for _ in range(60):
+        torn = bytearray(data)
+        for at in rng.integers(0, len(data), 3):
+            torn[at] ^= 1 << rng.integers(8)
+        said = ""
+        try:
+            wire.deserialize(bytes(torn), payload)
+        except ValueError as error:
+            said = str(error)
+        assert not said or "is it another link's?" in said
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 20, 24, 31, 32])

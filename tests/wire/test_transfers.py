@@ -8,7 +8,7 @@ import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from fedjax_lab import wire
 from tests.problems import SIZES, softmax_data, softmax_model, steps
-from tests.refusals import raises
+from tests.refusals import raises, refused
 
 BASE = fedavg(softmax_model(), optax.sgd(0.1), weighting="uniform")
 PAYLOAD, WHOLE = 3 * 4 + 2, 4 * 15
@@ -58,6 +58,14 @@ def test_rates_that_make_no_sense():
     raises(lambda: fl.transfers(up=0), "up", "positive")
     raises(lambda: fl.transfers(down=[1.0, -1.0]), "down", "positive")
     raises(lambda: fl.transfers(latency=-0.1), "latency", "at least 0")
+    raises(lambda: fl.transfers(up=[]), "up", "one for each client")
+    raises(lambda: fl.transfers(up={"a": 1.0}), "up", "one for each client")
+    few = fl.compose(BASE, fl.transfers(up=[1.0, 2.0]))
+    refused(lambda: fl.synchronous(few, softmax_data()), "2 clients", "population of 8")
+    clients = {k: {"x": np.ones((2, 4), np.float32), "y": np.zeros(2, np.int64)} for k in range(2)}
+    still = fl.FederatedData.from_clients(clients, attrs={"speed": np.array([1.0, 0.0])})
+    named = fl.compose(BASE, fl.transfers(down="speed"))
+    refused(lambda: fl.synchronous(named, still), "down", "'speed'", "positive")
     raises(lambda: fl.transfers(up=float("nan")), "up")
     build = lambda: fl.synchronous(fl.compose(BASE, fl.transfers(up="bandwith")), softmax_data())
     raises(build, "no attribute 'bandwith'")
