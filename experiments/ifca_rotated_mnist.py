@@ -25,6 +25,7 @@ from algorithms.ifca import ifca
 from algorithms.local_only import local_only
 from experiments import common, ifca_rotated_mnist_report
 from experiments.ifca_rotated_mnist_data import ROTATIONS, Data, deal, digits
+from experiments.starts import pytorch_start
 from fedjax_lab import shuffle
 from fedjax_lab.evaluation import Evaluation, pooled
 
@@ -146,20 +147,8 @@ def main(config: Config, out: Path) -> dict[str, Any]:
 
 
 def network(hidden: int) -> fl.Model:
-    """One hidden layer, every weight and bias drawn as the authors' PyTorch does: uniform in +-1/sqrt(inputs)."""
-    model = fl.models.mlp(10, (hidden,))
-    usual: Any = model.init_from
-
-    def init_from(key, batch):
-        params, state = usual(key, batch)
-        drawn = {}
-        for i, (name, layer) in enumerate(sorted(params.items())):
-            bound = layer["kernel"].shape[0] ** -0.5
-            keys = dict(zip(sorted(layer), jax.random.split(jax.random.fold_in(key, i), len(layer)), strict=True))
-            drawn[name] = {n: jax.random.uniform(keys[n], w.shape, w.dtype, -bound, bound) for n, w in layer.items()}
-        return drawn, state
-
-    return model._replace(init_from=init_from)
+    """One hidden layer, drawn as the authors' PyTorch does."""
+    return pytorch_start(fl.models.mlp(10, (hidden,)))
 
 
 def training(config: Config, run: Run, load: Callable[[Setting, int], Data], found: dict) -> common.Training:

@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import numpy as np
 import pytest
 
 import fedjax_lab as fl
@@ -50,6 +52,20 @@ def test_a_learning_rate_that_is_slower_than_the_best_is_given_up(monkeypatch, t
         fedavg_mnist.training(config, attempt, lambda *key: fl.Split(None, None), best)(tmp_path, None)
     assert asked == [105, 7, 105]
     assert best == {(cell, 0): 7, (cell, 1): 7}
+
+
+def test_the_network_begins_as_asked():
+    starts = {
+        name: fedavg_mnist.network(fedavg_mnist.Config(initialization=name)).init(jax.random.key(0))[0]
+        for name in ("pytorch", "flax")
+    }
+    for layer, inputs in (("hidden_0", 784), ("hidden_1", 200), ("output", 200)):
+        for w in starts["pytorch"][layer].values():  # uniform within one over the root of the inputs
+            assert 0.5 * inputs**-0.5 < np.abs(w).max() <= inputs**-0.5 + 1e-7
+        kernels = [start[layer]["kernel"] for start in starts.values()]
+        assert np.std(kernels[0]) == pytest.approx((3 * inputs) ** -0.5, rel=0.1)
+        assert np.std(kernels[1]) == pytest.approx(inputs**-0.5, rel=0.1)
+        assert not starts["flax"][layer]["bias"].any()
 
 
 def test_short_cells_are_run_with_every_seed_and_data_are_loaded_once():
