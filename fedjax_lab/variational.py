@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab import checks
-from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.models.base import Model, Variables, as_model
 from fedjax_lab.round import Tilt
 
 PyTree = Any
@@ -179,6 +179,7 @@ def bayesian(model: Model, samples: int) -> Model:
       uncertainty) and ``mutual_information``, the part of it that comes from not knowing the parameters;
     - the mean over the draws of every other metric.
     """
+    model = as_model(model)
 
     def loss(params, model_state, batch, mask, key, train):
         params = params.mean if isinstance(params, Gaussian) else params

@@ -43,6 +43,18 @@ class Model(NamedTuple):
     classes: Callable[[PyTree, PyTree, PyTree], int] | None = None
 
 
+def as_model(value: Any) -> Model:
+    """A :class:`Model` from whatever has its functions under their names; what it doesn't have is ``None``.
+
+    Raises:
+      ValueError: it has no ``init`` and ``loss``.
+    """
+    checks.model(value)
+    if isinstance(value, Model):
+        return value
+    return Model(*(getattr(value, name, None) for name in Model._fields))  # pyright: ignore[reportArgumentType]
+
+
 def reparametrized(
     model: Model, start: Callable[[Any, jax.Array], tuple[PyTree, PyTree]], whole: Callable[[PyTree], PyTree]
 ) -> Model:
@@ -53,6 +65,7 @@ def reparametrized(
       start: ``((params, model_state), key) -> (params, model_state)``, the new parameters from what the model makes.
       whole: ``params -> params``, the model's own parameters from the new ones.
     """
+    model = as_model(model)
     init_from, classes = model.init_from, model.classes
     return model._replace(
         init=lambda key: start(model.init(key), key),
@@ -75,6 +88,7 @@ def initial_variables(model: Model, key: jax.Array, data: Any, params: PyTree = 
     Raises:
       ValueError: labels outside the model's classes, or ``params`` of another structure, shape or kind.
     """
+    model = as_model(model)
     if model.num_classes is not None:
         checks.labels_in_range(data, model.num_classes)
     if model.init_from is not None:

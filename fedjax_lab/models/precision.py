@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lab import checks
-from fedjax_lab.models.base import Model
+from fedjax_lab.models.base import Model, as_model
 from fedjax_lab.models.casting import with_late_casts
 
 PyTree = Any
@@ -37,7 +37,7 @@ def mixed_precision(model: Model, dtype: Any = jnp.bfloat16, *, keep: Sequence[s
       ValueError: a ``dtype`` that isn't a floating-point type; what is no Model.
     """
     kind = _floating(dtype)
-    checks.model(model)
+    model = as_model(model)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
 
     def batch_in(batch):
