@@ -143,7 +143,7 @@ def elbo(prior: Gaussian, size: Any, *, samples: int = 1, kl_weight: Any = 1.0) 
                 slope = jax.tree.map(path, grads, theta, prior.mean, prior.log_scale, params.log_scale, noise)
                 of_scale = jax.tree.map(lambda u, s, n: u * jnp.exp(s) * n, slope, params.log_scale, noise)
                 total = jax.tree.map(lambda a, b: a + b / samples, total, Gaussian(slope, of_scale))
-                return total, loss + value / samples, model_state
+                return total, loss + (value / samples).astype(loss.dtype), model_state
 
             zeros = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
             carry = (zeros, jnp.float32(0), inputs[0])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fedjax_lab.models import functional, losses
 from fedjax_lab.models.base import Model
+from fedjax_lab.models.precision import typed_as
 
 PyTree = Any
 
@@ -168,4 +169,4 @@ def _same_collections(new: PyTree, old: PyTree) -> PyTree:
             f"the module's collections {changed} change their structure in a training call (sown "
             "values do); a model state must keep it. Remove the sow, or return them as outputs"
         )
-    return new
+    return typed_as(new, old)  # statistics of float64 inputs would be float64

@@ -11,6 +11,7 @@ from flax import nnx
 
 from fedjax_lab.models import functional, losses
 from fedjax_lab.models.base import Model
+from fedjax_lab.models.precision import typed_as
 
 PyTree = Any
 # Reseeded in each call, and made anew in each call: neither is carried from step to step.
@@ -81,7 +82,7 @@ def from_nnx(
         if takes_rngs:
             keywords["rngs"] = nnx.Rngs(jax.random.fold_in(key, 0))
         outputs = net(*x, **keywords)
-        return outputs, parts(net)[1] if train else model_state
+        return outputs, typed_as(parts(net)[1], model_state) if train else model_state
 
     return functional.model(
         init, apply, loss=loss, metrics=metrics, num_classes=num_classes, compute_dtype=compute_dtype

@@ -29,7 +29,7 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         gates = nn.Dense(4 * self.units, bias_init=_forget_one, name="input")(x)
-        recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.units, 4 * self.units))
+        recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.units, 4 * self.units), jnp.float32)
 
         return jnp.swapaxes(hidden_states(jnp.swapaxes(gates, 0, 1), recurrent), 0, 1)
 
