@@ -132,7 +132,8 @@ def reconstruction(
 
 def _initial(model: Model, data: Any) -> Variables:
     """The model as every client can make it; ``data`` are looked at for their shapes only."""
-    return initial_variables(as_model(model)._replace(num_classes=None, classes=None), jax.random.key(0), data)
+    unchecked = as_model(model)._replace(num_classes=None, classes=None, check=None)
+    return initial_variables(unchecked, jax.random.key(0), data)
 
 
 def _same_model(trained: Variables, made: Variables) -> None:
