@@ -56,9 +56,15 @@ def unique_ids(ids: Sequence[Hashable]) -> None:
         seen.add(client)
 
 
-def federated(data: Any, what: str) -> None:
-    """Refuse what isn't a FederatedData, and say how to come by one."""
+def federated(data: Any, what: str, *, empty: bool = False) -> None:
+    """Refuse what isn't a FederatedData, and say how to come by one; and one without an example unless ``empty``."""
     if hasattr(data, "id_table"):
+        if not empty and not isinstance(data.sizes, Tracer) and not np.any(data.sizes):
+            clients = len(data.sizes)
+            raise ValueError(
+                f"{what} has no example: all {clients} clients are empty. A split leaves a client's only example in "
+                "the first part: take a larger share for this one, or split_clients"
+            )
         return
     hint = "build one with fl.FederatedData.from_clients({id: arrays}) or the like"
     if hasattr(data, "train") and hasattr(data, "test"):

@@ -111,9 +111,9 @@ def client_metrics(test: FederatedData, support: FederatedData | None = None, *,
         ``test``; the only way for unseen ones.
       personal: evaluate each client's personalised model (``Round.personalize``).
     """
-    checks.federated(test, "what to evaluate on")
+    checks.federated(test, "what to evaluate on", empty=True)
     if support is not None:
-        checks.federated(support, "support")
+        checks.federated(support, "support", empty=True)
     if support is not None and list(support.ids) != list(test.ids):
         raise ValueError("support must hold the same clients as test, in the same order")
     compiled: dict[int, Any] = {}  # by identity of what the closure depends on

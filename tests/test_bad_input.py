@@ -54,6 +54,13 @@ def test_an_empty_data_set(call, words):
     refused(call, *words)
 
 
+def test_a_split_that_leaves_a_part_empty():
+    ones = fl.FederatedData.from_clients({"ann": client(1), "bob": client(1)})
+    train, test = ones.split(0.8)
+    refused(lambda: process(test), "data of synchronous", "has no example", "2 clients are empty", "split_clients")
+    process(train)
+
+
 def test_a_client_whose_arrays_differ_in_length():
     refused(lambda: data(y=np.zeros(5, int)), "'bob'", "field y has 5 rows", "x has 4")
     refused(lambda: fl.FederatedData.from_arrays(client(), ["ann"] * 5), "field x has 4 rows", "client_ids has 5")
