@@ -171,6 +171,7 @@ def _nats(log_probability: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _classes(model: Model, who: str) -> int:
-    if as_model(model).num_classes is None:
+    classes = as_model(model).num_classes
+    if classes is None:
         raise ValueError(f"{who} needs a classifier: a model with num_classes, whose loss is a cross-entropy")
-    return model.num_classes
+    return classes
