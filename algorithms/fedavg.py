@@ -48,6 +48,7 @@ def fedavg(
       static: compute a number of steps known when compiled, so that ``jax.grad`` goes through rounds; see
         :func:`fedjax_lab.local_training`.
     """
+    model = fl.as_model(model)
     fl.checks.optimizer(server_optimizer, "server_optimizer")
     fl.goes_downhill(server_optimizer, "server_optimizer")
     fl.checks.weighting(weighting)

@@ -36,7 +36,7 @@ def knn_per(
     Raises:
       ValueError: a model that doesn't say how many classes it has; what the transform refuses.
     """
-    fl.checks.model(model)
+    model = fl.as_model(model)
     if model.num_classes is None:
         raise ValueError("knn_per() needs a classifier: a model with num_classes, such as fl.models.mlp(10)")
     looks_up = fl.transforms.nearest_neighbours(

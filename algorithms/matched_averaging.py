@@ -54,6 +54,7 @@ def matched_averaging(
     for value, name in ((sweeps, "sweeps"), (passes, "passes")):
         fl.checks.positive(value, name, integer=True)
     fl.checks.weighting(weighting)
+    model = fl.as_model(model)
     local = fl.local_training(model, client_optimizer, **local_work)
 
     def init(key, data, params=None):

@@ -96,7 +96,7 @@ def tilted_examples(model: fl.Model, tau: Any) -> fl.Model:
         weights = jax.nn.softmax(jnp.where(mask, tau * losses, -jnp.inf)) * jnp.sum(mask)
         return jax.lax.stop_gradient(jnp.where(mask, weights, 0)) * losses, model_state
 
-    return model._replace(loss=loss)
+    return fl.as_model(model)._replace(loss=loss)
 
 
 def _tilted_loss(model: fl.Model, variables: fl.Variables, client: fl.ClientData, key: jax.Array, tau: Any):

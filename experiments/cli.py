@@ -121,6 +121,11 @@ def _list(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     known = registry.find()
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        raise WrongUsage(
+            f"the experiment's name comes before its settings: {PROGRAM} run NAME {argv[0]} ...\n"
+            f"NAME is one of: {', '.join(known)}"
+        )
     if not argv or argv[0].startswith("-"):
         print(f"usage: {PROGRAM} run NAME [--key value ...]\n       NAME is one of: {', '.join(known)}")
         return 0 if argv and argv[0] in ("-h", "--help") else 2

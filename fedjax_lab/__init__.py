@@ -43,7 +43,7 @@ from fedjax_lab.local import (
     partial_work,
 )
 from fedjax_lab.loops import client_loop
-from fedjax_lab.models.base import Model, Variables, add, difference, initial_variables
+from fedjax_lab.models.base import Model, Variables, add, as_model, difference, initial_variables
 from fedjax_lab.nesting import nested
 from fedjax_lab.oracle import oracle_run
 from fedjax_lab.population import mean_weight, population_mean, population_weights

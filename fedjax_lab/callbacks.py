@@ -52,8 +52,11 @@ def stop_at(name: str, target: float, below: bool | None = None) -> Callback:
       below: whether lower is better; by default so for losses, errors and perplexities.
 
     Raises:
-      ValueError: at the first logging point, if no record has such a metric.
+      ValueError: a name that is no text, a target that is no finite number; at the first logging point, if no record
+        has such a metric.
     """
+    _check_name(name)
+    checks.finite(target, "target")
     lower = lower_is_better(name) if below is None else below
 
     def callback(info: Info) -> str | None:
@@ -79,7 +82,9 @@ def stop_without_progress(name: str, patience: int, least: float = 0.0, below: b
       least: how much better counts as better.
       below: whether lower is better; by default so for losses, errors and perplexities.
     """
+    _check_name(name)
     checks.positive(patience, "patience", integer=True)
+    checks.not_negative(least, "least")
     lower = lower_is_better(name) if below is None else below
 
     def callback(info: Info) -> str | None:
@@ -133,6 +138,11 @@ def tensorboard(folder: str | os.PathLike) -> Callback:
 
     callback.close = close
     return callback
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"the name of a metric comes first, such as 'accuracy'; got {checks.shown(name)}")
 
 
 def _known(name: str, info: Info) -> None:

@@ -177,7 +177,8 @@ def read_record(path: Path) -> dict[str, Any]:
         intact = envelope["sha256"] == _sha256(record)
         number, files = record["format"], record["files"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(f"record.json can't be read: {error!r}") from None
+        # Not the repr, which for bytes that aren't UTF-8 holds the whole file.
+        raise Damaged(f"record.json can't be read: {type(error).__name__}: {error}") from None
     if not intact:
         raise Damaged("record.json was altered")
     if number != FORMAT:

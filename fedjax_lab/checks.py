@@ -56,9 +56,15 @@ def unique_ids(ids: Sequence[Hashable]) -> None:
         seen.add(client)
 
 
-def federated(data: Any, what: str) -> None:
-    """Refuse what isn't a FederatedData, and say how to come by one."""
+def federated(data: Any, what: str, *, empty: bool = False) -> None:
+    """Refuse what isn't a FederatedData, and say how to come by one; and one without an example unless ``empty``."""
     if hasattr(data, "id_table"):
+        if not empty and not isinstance(data.sizes, Tracer) and not np.any(data.sizes):
+            clients = len(data.sizes)
+            raise ValueError(
+                f"{what} has no example: all {clients} clients are empty. A split leaves a client's only example in "
+                "the first part: take a larger share for this one, or split_clients"
+            )
         return
     hint = "build one with fl.FederatedData.from_clients({id: arrays}) or the like"
     if hasattr(data, "train") and hasattr(data, "test"):
@@ -99,7 +105,29 @@ def labels_in_range(data: Any, num_classes: int, field: str = "y") -> None:
     raise ValueError(f"{where} is outside the model's classes 0..{num_classes - 1}")
 
 
-def _first(data: Any, labels: np.ndarray, wrong: np.ndarray, field: str) -> str:
+def values_in_range(data: Any, field: str, low: int, high: int, what: str, where: str) -> None:
+    """Refuse a field's values outside ``low..high``, naming client and row.
+
+    Args:
+      data: FederatedData; one without the field passes, and so does a traced one.
+      field: its name.
+      low, high: the least and the largest value.
+      what: a value's name in the message, such as ``"token"``.
+      where: what it is outside of, such as ``"the vocabulary"``.
+    """
+    values = data.arrays.get(field) if isinstance(data.arrays, dict) else None
+    if values is None or isinstance(values, Tracer) or not values.size or values.dtype == bool:
+        return
+    with jax.ensure_compile_time_eval():
+        least, most = values.min(), values.max()
+    if least >= low and most <= high:
+        return
+    values = np.asarray(values)
+    if found := _first(data, values, (values < low) | (values > high), field, what):
+        raise ValueError(f"{found} is outside {where} {low}..{high}")
+
+
+def _first(data: Any, labels: np.ndarray, wrong: np.ndarray, field: str, what: str = "label") -> str:
     """The first wrong label in words, with its client and row; nothing if none is wrong."""
     rows = np.flatnonzero(wrong.reshape(len(labels), -1).any(1))
     if not len(rows):
@@ -107,7 +135,7 @@ def _first(data: Any, labels: np.ndarray, wrong: np.ndarray, field: str) -> str:
     row, starts = int(rows[0]), np.asarray(data.starts)
     k = int(np.searchsorted(starts, row, side="right")) - 1
     value = labels[row].ravel()[np.flatnonzero(wrong[row].ravel())[0]]
-    return f"label {value} of client {data.ids[k]!r} (field {field!r}, row {row - int(starts[k])})"
+    return f"{what} {value} of client {data.ids[k]!r} (field {field!r}, row {row - int(starts[k])})"
 
 
 def shares(fraction: float | Sequence[float]) -> np.ndarray:

@@ -79,8 +79,8 @@ def cold_start(
         newcomer that is part of the population, several processes of one run, or a Round that takes one
         population only (weights or relations given for each client).
     """
-    checks.federated(test, "test")
-    checks.federated(support, "support")
+    checks.federated(test, "test", empty=True)
+    checks.federated(support, "support", empty=True)
     rounds = checks.integer(rounds, "rounds", 0)
     received, first = client_metrics(test, support), client_metrics(test, support, personal=True)
     later = client_metrics(test, personal=True)

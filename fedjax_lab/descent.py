@@ -20,8 +20,8 @@ def goes_downhill(optimizer: optax.GradientTransformation, name: str) -> None:
     particular parameters, or whose hyper-parameters are traced (a sweep's), can't be asked so, and passes.
 
     Raises:
-      ValueError: it goes uphill, or nowhere. The latter may be meant, where it picks parameters by their names:
-        as a function of the round, ``lambda r: optimizer``, a client optimizer isn't asked.
+      ValueError: it searches along a line; it goes uphill, or nowhere. The latter may be meant, where it picks
+        parameters by their names: as a function of the round, ``lambda r: optimizer``, a client optimizer isn't asked.
     """
     with jax.ensure_compile_time_eval():
         params = {"matrix": jnp.zeros((2, 2)), "vector": jnp.zeros(2)}
@@ -29,7 +29,8 @@ def goes_downhill(optimizer: optax.GradientTransformation, name: str) -> None:
         try:
             state = optimizer.init(params)
             updates, state = optimizer.update(gradients, state, params)
-        except Exception:  # written for other parameters: there is nothing to learn from it
+        except Exception as error:  # written for other parameters: there is nothing to learn from it
+            _no_line_search(error, name)
             return
         later = jax.jit(optimizer.update)
         for _ in range(PATIENCE):
@@ -45,6 +46,15 @@ def goes_downhill(optimizer: optax.GradientTransformation, name: str) -> None:
     raise ValueError(f"{name} {what}: its learning rate must be positive and finite")
 
 
+def _no_line_search(error: Exception, name: str) -> None:
+    """Refuse an optimizer that wants to evaluate the loss where it likes, which rounds don't let it."""
+    if isinstance(error, TypeError) and "value_fn" in str(error):
+        raise ValueError(
+            f"{name} searches along a line for its step size, for which it wants the loss at points of its choice; "
+            "here an optimizer gets gradients only. Give it a learning rate: optax.lbfgs(0.1, linesearch=None)"
+        ) from None
+
+
 def begins_downhill(make: Callable[[Any], optax.GradientTransformation], name: str) -> None:
     """Refuse a function of the round whose optimizer of round 0 goes uphill; one that goes nowhere may be meant.
 
@@ -58,7 +68,8 @@ def begins_downhill(make: Callable[[Any], optax.GradientTransformation], name: s
             if not isinstance(optimizer, optax.GradientTransformation):
                 return
             updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
-        except Exception:  # written for other parameters: there is nothing to learn from it
+        except Exception as error:  # written for other parameters: there is nothing to learn from it
+            _no_line_search(error, name)
             return
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(updates)):
             return

@@ -10,7 +10,7 @@ import numpy as np
 from fedjax_lab import checks
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import ClientOptimizer, local_training
-from fedjax_lab.models.base import Model, Variables, initial_variables
+from fedjax_lab.models.base import Model, Variables, as_model, initial_variables
 
 PyTree = Any
 # (batch) -> probabilities float[batch, classes]
@@ -91,7 +91,7 @@ def student(model: Model, teacher: Teacher) -> Model:
         ours = log_probabilities(model, Variables(params, model_state), batch, classes)
         return -jnp.sum(theirs * ours, axis=1), after
 
-    return model._replace(loss=loss, num_classes=None, classes=None)
+    return as_model(model)._replace(loss=loss, num_classes=None, classes=None)
 
 
 def distil(
@@ -171,6 +171,7 @@ def _nats(log_probability: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _classes(model: Model, who: str) -> int:
-    if model.num_classes is None:
+    classes = as_model(model).num_classes
+    if classes is None:
         raise ValueError(f"{who} needs a classifier: a model with num_classes, whose loss is a cross-entropy")
-    return model.num_classes
+    return classes

@@ -111,9 +111,9 @@ def client_metrics(test: FederatedData, support: FederatedData | None = None, *,
         ``test``; the only way for unseen ones.
       personal: evaluate each client's personalised model (``Round.personalize``).
     """
-    checks.federated(test, "what to evaluate on")
+    checks.federated(test, "what to evaluate on", empty=True)
     if support is not None:
-        checks.federated(support, "support")
+        checks.federated(support, "support", empty=True)
     if support is not None and list(support.ids) != list(test.ids):
         raise ValueError("support must hold the same clients as test, in the same order")
     compiled: dict[int, Any] = {}  # by identity of what the closure depends on
@@ -220,7 +220,7 @@ def _compile(process: Process, personal: bool, sizes: np.ndarray, specs: PyTree,
             beside=(train, support, home), beside_specs=(process.specs, support_specs, P()),
         )  # fmt: skip
         keep = lambda x: jnp.where(answers.ok, x, 0)
-        return keep(answers.weights), {n: keep(v) for n, v in answers.metrics.items()}
+        return keep(answers.weights).astype(jnp.int32), {n: keep(v) for n, v in answers.metrics.items()}
 
     return function
 
@@ -234,7 +234,7 @@ def per_client(
     test: FederatedData,
     support: FederatedData | None = None,
     *,
-    names: Sequence[str] | None = None,
+    names: str | Sequence[str] | None = None,
     prefix: str = "",
 ) -> Evaluate:
     """Metrics over all examples, and how they differ between clients.
@@ -247,7 +247,7 @@ def per_client(
     Args:
       test: examples to evaluate on.
       support: see :func:`client_metrics`; evaluates clients that never took part.
-      names: only these metrics.
+      names: only these metrics; one may be given by itself.
       prefix: put before every name, for instance ``"unseen_"``.
     """
     plain, own = client_metrics(test, support), client_metrics(test, support, personal=True)
@@ -296,8 +296,9 @@ def pooled(metrics: ClientMetrics) -> dict[str, float]:
     return {n: float((v.astype(np.float64) * metrics.examples).sum() / total) for n, v in metrics.values.items()}
 
 
-def summarise(metrics: ClientMetrics, names: Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
+def summarise(metrics: ClientMetrics, names: str | Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
     """The summary that :func:`per_client` describes."""
+    names = (names,) if isinstance(names, str) else names
     unknown = set(names or ()) - set(metrics.values)
     if unknown:
         raise ValueError(f"the model has no metric {sorted(unknown)}; it has {sorted(metrics.values)}")

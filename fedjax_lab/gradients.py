@@ -39,7 +39,8 @@ def client_gradient(
         inputs = (variables.model_state, batch, mask)
         g, (value, _) = oracle(variables.params, inputs, jax.random.fold_in(key, t))
         share = jnp.sum(mask) / jnp.maximum(client.size, 1)
-        return jax.tree.map(lambda a, b: a + share * b.astype(a.dtype), grads, g), loss + share * value, t + 1
+        grads = jax.tree.map(lambda a, b: a + share.astype(a.dtype) * b.astype(a.dtype), grads, g)
+        return grads, loss + (share * value).astype(loss.dtype), t + 1
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), variables.params)
     grads, loss, _ = client.fold(add, (zeros, jnp.float32(0), jnp.int32(0)), epochs=passes)

@@ -66,7 +66,7 @@ def _in_pieces(oracle: Oracle, client: ClientData, static: bool) -> Oracle:
             g, (value, model_state) = oracle(params, (model_state, batch, mask), jax.random.fold_in(piece_key, t))
             share = jnp.sum(mask) / jnp.maximum(client.size, 1)
             grads = jax.tree.map(lambda a, b: a + share.astype(b.dtype) * b, grads, g)
-            return grads, loss + share * value, model_state, t + 1
+            return grads, loss + (share * value).astype(loss.dtype), model_state, t + 1
 
         piece_key = key
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -149,8 +149,8 @@ def local_training(
             grads, (value, model_state) = objective(variables.params, inputs, step_key)
             updates, opt_state = rule.update(large_ones_last(grads), opt_state, variables.params, value=value)
             params = optax.apply_updates(variables.params, updates)
-            count = client.size if pieces else jnp.sum(mask)
-            return Variables(params, model_state), opt_state, loss + value * count, seen + count
+            count = client.size if pieces else jnp.sum(mask, dtype=jnp.int32)
+            return Variables(params, model_state), opt_state, loss + (value * count).astype(loss.dtype), seen + count
 
         opt_state = rule.init(start.params) if opt_state is None else opt_state
         carry = (start, opt_state, jnp.float32(0), jnp.int32(0))

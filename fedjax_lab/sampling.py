@@ -57,21 +57,37 @@ def everyone() -> Sampler:
     return Sampler(lambda data: (), sample)
 
 
-def fixed(ids: Sequence[int] | np.ndarray) -> Sampler:
-    """The clients at these positions of the population, in every round. They must be distinct."""
+def fixed(ids: Sequence[int] | Sequence[str] | np.ndarray) -> Sampler:
+    """The same clients in every round.
+
+    Args:
+      ids: distinct positions in the population, integers whatever the clients' own ids are; or ids that are text,
+        as ``data.ids`` has them.
+    """
     ids = np.asarray(ids)
-    if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"fixed() needs a non-empty list of client positions (integers); got {ids!r}")
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iuU":
+        raise ValueError(
+            f"fixed() needs a non-empty list of clients: positions (integers), or ids that are text; got {ids!r}"
+        )
     checks.unique_ids(ids.tolist())
 
+    def positions(data) -> np.ndarray:
+        if ids.dtype.kind != "U":
+            return ids
+        try:
+            return np.array([data.id_table.index(client) for client in ids.tolist()])
+        except KeyError as error:
+            raise ValueError(f"fixed(): {error.args[0]}") from None
+
     def init(data):
-        outside = ids[(ids < 0) | (ids >= data.num_clients)]
+        found = positions(data)
+        outside = found[(found < 0) | (found >= data.num_clients)]
         if outside.size:
             raise ValueError(f"client position {outside[0]} is outside the population 0..{data.num_clients - 1}")
         return ()
 
     def sample(state, key, data, probe):
-        return jnp.asarray(ids, jnp.int32), jnp.ones(len(ids), bool), state
+        return jnp.asarray(positions(data), jnp.int32), jnp.ones(len(ids), bool), state
 
     return Sampler(init, sample)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab import checks
-from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.models.base import Model, Variables, as_model
 from fedjax_lab.round import Tilt
 
 PyTree = Any
@@ -143,7 +143,7 @@ def elbo(prior: Gaussian, size: Any, *, samples: int = 1, kl_weight: Any = 1.0) 
                 slope = jax.tree.map(path, grads, theta, prior.mean, prior.log_scale, params.log_scale, noise)
                 of_scale = jax.tree.map(lambda u, s, n: u * jnp.exp(s) * n, slope, params.log_scale, noise)
                 total = jax.tree.map(lambda a, b: a + b / samples, total, Gaussian(slope, of_scale))
-                return total, loss + value / samples, model_state
+                return total, loss + (value / samples).astype(loss.dtype), model_state
 
             zeros = jax.tree.map(lambda p: jnp.zeros_like(wide(p)), params)
             carry = (zeros, jnp.float32(0), inputs[0])
@@ -179,6 +179,7 @@ def bayesian(model: Model, samples: int) -> Model:
       uncertainty) and ``mutual_information``, the part of it that comes from not knowing the parameters;
     - the mean over the draws of every other metric.
     """
+    model = as_model(model)
 
     def loss(params, model_state, batch, mask, key, train):
         params = params.mean if isinstance(params, Gaussian) else params

@@ -54,6 +54,13 @@ def test_an_empty_data_set(call, words):
     refused(call, *words)
 
 
+def test_a_split_that_leaves_a_part_empty():
+    ones = fl.FederatedData.from_clients({"ann": client(1), "bob": client(1)})
+    train, test = ones.split(0.8)
+    refused(lambda: process(test), "data of synchronous", "has no example", "2 clients are empty", "split_clients")
+    process(train)
+
+
 def test_a_client_whose_arrays_differ_in_length():
     refused(lambda: data(y=np.zeros(5, int)), "'bob'", "field y has 5 rows", "x has 4")
     refused(lambda: fl.FederatedData.from_arrays(client(), ["ann"] * 5), "field x has 4 rows", "client_ids has 5")
@@ -172,3 +179,41 @@ def test_optimizers_in_place_of_which_something_else_stands():
     refused(lambda: fedavg(MODEL, optax.adam), "client_optimizer", "call it with a learning rate")
     refused(lambda: process(data(), model=MODEL, server_optimizer=1.0), "server_optimizer", "optax.sgd(0.1)")
     refused(lambda: fl.synchronous(fedavg(MODEL, lambda r: 0.1 / (1 + r)), data()), "client optimizer of a round")
+
+
+# ---- what a model reads ----
+
+
+def tokens(x=3, y=3):
+    fill = lambda value: np.full((2, 5), value)
+    return fl.FederatedData.from_clients({"ann": {"x": fill(3), "y": fill(3)}, "bob": {"x": fill(x), "y": fill(y)}})
+
+
+@pytest.mark.parametrize("model", [fl.models.char_lstm(9, hidden=4), fl.models.word_lstm(9, 4, 4)])
+def test_tokens_outside_the_vocabulary(model):
+    refused(lambda: process(tokens(x=9), model=model), "token 9 of client 'bob' (field 'x', row 0)", "vocabulary 0..8")
+    refused(lambda: process(tokens(x=-1), model=model), "token -1 of client 'bob'")
+    refused(lambda: process(tokens(y=9), model=model), "label 9 of client 'bob'", "0..8")
+    process(tokens(x=8, y=8), model=model)
+
+
+@pytest.mark.parametrize("label", [2, -1, 1.5])
+def test_tags_that_neither_apply_nor_not(label):
+    tags = np.zeros((4, 5))
+    tags[2, 3] = label
+    sick = fl.FederatedData.from_clients({"ann": client(y=np.eye(4, 5)), "bob": client(y=tags)})
+    words = f"label {float(label)} of client 'bob' (field 'y', row 2)", "0..1"
+    refused(lambda: process(sick, model=fl.models.tag_regression(5)), *words)
+
+
+def test_tags_as_numbers_booleans_and_shares():
+    for tags in (np.eye(4, 5), np.eye(4, 5, dtype=int), np.eye(4, 5, dtype=bool), np.full((4, 5), 0.5)):
+        process(fl.FederatedData.from_clients({"ann": client(y=tags)}), model=fl.models.tag_regression(5))
+
+
+@pytest.mark.parametrize(("network", "side"), [(fl.models.fedavg_cnn, 4), (fl.models.emnist_cnn, 6)])
+def test_images_that_are_too_small(network, side):
+    images = lambda side: fl.FederatedData.from_clients({"ann": client(x=np.ones((4, side, side), np.float32))})
+    for small in range(1, side):
+        raises(lambda s=small: process(images(s), model=network(3)), "too small", f"{side} x {side}")
+    process(images(side), model=network(3))

@@ -49,6 +49,21 @@ def test_stop_at_the_start():
     assert fl.run(counting(), 10, evaluate=lambda p, s: {"x": 1}, callbacks=stop).rounds == 0
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: fl.callbacks.stop_at(0.7, "accuracy"), "name of a metric comes first.*got 0.7"),
+        (lambda: fl.callbacks.stop_at("accuracy", float("nan")), "target must be a finite number"),
+        (lambda: fl.callbacks.stop_at("accuracy", "0.7"), "target must be a finite number"),
+        (lambda: fl.callbacks.stop_without_progress(3, "loss"), "name of a metric comes first.*got 3"),
+        (lambda: fl.callbacks.stop_without_progress("loss", 3, least=-1), "least must be a number of at least 0"),
+    ],
+)
+def test_settings_that_would_never_stop_a_run(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
 def test_stop_at_an_unknown_metric():
     with pytest.raises(ValueError, match="no record has the metric 'acuracy'; did you mean 'accuracy'"):
         fl.run(counting(), 10, callbacks=fl.callbacks.stop_at("acuracy", 0.5))

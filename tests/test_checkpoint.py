@@ -81,6 +81,14 @@ def test_the_newest_stay_and_leftovers_go(tmp_path):
     assert checkpoint.restore_newest(tmp_path, state).state["w"].tolist() == [1, 2, 3]
 
 
+def test_a_record_of_other_bytes_is_named_in_a_line(tmp_path):
+    path = checkpoint.save(tmp_path, 2, {"w": jnp.zeros(2)}, {"much": "x" * 10_000}) / "record.json"
+    path.write_bytes(path.read_bytes().replace(b"xx", b"x\xff", 1))
+    with pytest.raises(ValueError, match=r"no checkpoint .* is intact .*record.json can't be read") as caught:
+        checkpoint.restore_newest(tmp_path, {"w": jnp.zeros(2)})
+    assert len(str(caught.value)) < 1000
+
+
 W, B = jnp.zeros((5, 3)), jnp.zeros(3)
 
 

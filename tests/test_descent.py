@@ -58,3 +58,15 @@ def test_a_traced_rate_passes():
 def test_a_schedule_over_rounds_that_begins_uphill_is_refused():
     refused(lambda: local_training(softmax_model(), lambda r: optax.sgd(-0.1)), "in round 0, not downhill")
     local_training(softmax_model(), lambda r: optax.sgd(0.1 * r / 10))  # warms up from nothing
+
+
+@pytest.mark.parametrize("form", [lambda o: o, lambda o: lambda round: o])
+def test_line_searches_are_refused_by_name(form):
+    with pytest.raises(ValueError, match=r"client_optimizer searches along a line.*linesearch=None"):
+        fedavg(MODEL, form(optax.lbfgs(0.1)))
+    fedavg(MODEL, form(optax.lbfgs(0.1, linesearch=None)))
+
+
+def test_line_searches_of_the_server_too():
+    with pytest.raises(ValueError, match="server_optimizer searches along a line"):
+        fedavg(MODEL, optax.sgd(0.1), server_optimizer=optax.lbfgs())

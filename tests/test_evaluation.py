@@ -131,6 +131,15 @@ def test_combined_with_a_function_of_the_hosts(trained):
     assert not hasattr(both, "arrays")
 
 
+def test_one_name_and_whole_numbers_of_examples(trained):
+    data, process, state = trained
+    alone = fl.per_client(data, names="accuracy")(process, state)
+    assert alone == fl.per_client_accuracy(data)(process, state)
+    counts = fl.client_metrics(data)(process, state).examples
+    assert counts.dtype == np.int32
+    np.testing.assert_array_equal(counts, data.sizes)
+
+
 @pytest.mark.parametrize(("name", "worst"), [("mse", 4.0), ("val_nll", 4.0), ("Loss", 4.0), ("recall", 1.0)])
 def test_which_end_of_a_metric_is_its_worst(name, worst):
     metrics = ClientMetrics({name: np.array([1.0, 4.0, 2.0])}, np.ones(3))

@@ -33,6 +33,23 @@ def test_uniform_draws_distinct_clients_equally_often():
     assert stats.chisquare(pairs[~np.eye(N, dtype=bool)]).pvalue > 1e-4
 
 
+def test_fixed_takes_positions_or_ids_that_are_text():
+    for clients in ([3, 0], np.array([3, 0]), ["c3", "c0"], np.array(["c3", "c0"]), DATA.ids[3::-3]):
+        sampler = fl.fixed(clients)
+        sampler.init(DATA)
+        ids, present, _ = jax.jit(lambda data, s=sampler: s.sample((), None, data, None))(DATA)
+        assert (ids.tolist(), present.all()) == ([3, 0], True)
+
+
+@pytest.mark.parametrize(
+    ("clients", "words"),
+    [(["c3", "c33"], "no client 'c33' among .*did you mean 'c3'"), (["c1", "c1"], "'c1' occurs more than once")],
+)
+def test_ids_that_nobody_has_or_twice(clients, words):
+    with pytest.raises(ValueError, match=words):
+        fl.fixed(clients).init(DATA)
+
+
 def test_weighted_draws_the_first_by_weight():
     ids, _ = draw(fl.weighted(1))
     expected = np.asarray(DATA.sizes) / DATA.sizes.sum() * len(ids)

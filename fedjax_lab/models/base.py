@@ -33,6 +33,8 @@ class Model(NamedTuple):
         input from the data; ``None`` if ``init`` needs no data.
       num_classes: labels ``batch["y"]`` must be integers below it; ``None`` if it isn't a classifier, or
       classes: ``(params, model_state, batch) -> int`` tells it, by the shape of what a network gives.
+      check: ``(FederatedData) -> None`` raises ValueError for examples that the model isn't meant for, naming
+        client and row; ``None`` if it takes any.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -41,6 +43,19 @@ class Model(NamedTuple):
     init_from: Callable[[jax.Array, PyTree], tuple[PyTree, PyTree]] | None = None
     num_classes: int | None = None
     classes: Callable[[PyTree, PyTree, PyTree], int] | None = None
+    check: Callable[[Any], None] | None = None
+
+
+def as_model(value: Any) -> Model:
+    """A :class:`Model` from whatever has its functions under their names; what it doesn't have is ``None``.
+
+    Raises:
+      ValueError: it has no ``init`` and ``loss``.
+    """
+    checks.model(value)
+    if isinstance(value, Model):
+        return value
+    return Model(*(getattr(value, name, None) for name in Model._fields))  # pyright: ignore[reportArgumentType]
 
 
 def reparametrized(
@@ -53,6 +68,7 @@ def reparametrized(
       start: ``((params, model_state), key) -> (params, model_state)``, the new parameters from what the model makes.
       whole: ``params -> params``, the model's own parameters from the new ones.
     """
+    model = as_model(model)
     init_from, classes = model.init_from, model.classes
     return model._replace(
         init=lambda key: start(model.init(key), key),
@@ -73,10 +89,14 @@ def initial_variables(model: Model, key: jax.Array, data: Any, params: PyTree = 
       params: parameters to start from instead; the model state still comes from the model.
 
     Raises:
-      ValueError: labels outside the model's classes, or ``params`` of another structure, shape or kind.
+      ValueError: labels outside the model's classes, other examples that the model isn't meant for, or ``params`` of
+        another structure, shape or kind.
     """
+    model = as_model(model)
     if model.num_classes is not None:
         checks.labels_in_range(data, model.num_classes)
+    if model.check is not None:
+        model.check(data)
     if model.init_from is not None:
         sample = jax.tree.map(lambda a: jnp.zeros((1, *a.shape[1:]), a.dtype), data.arrays)
         made = model.init_from(key, sample)

@@ -39,6 +39,11 @@ def max_pool(x: jax.Array) -> jax.Array:
     ties share the gradient, where the windowed one gives it to the first.
     """
     n, h, w, c = x.shape
+    if h < 2 or w < 2:
+        raise ValueError(
+            f"the images are too small for this model: {h} x {w} pixels are left where 2 x 2 are pooled "
+            "(fedavg_cnn takes images of 4 x 4 and more, emnist_cnn of 6 x 6)"
+        )
     x = x[:, : h // 2 * 2, : w // 2 * 2]
     return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
 

@@ -8,8 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fedjax_lab import checks
 from fedjax_lab.models import functional, losses
 from fedjax_lab.models.base import Model
+from fedjax_lab.models.precision import typed_as
 
 PyTree = Any
 
@@ -51,10 +53,14 @@ def from_flax(
       compute_dtype: ``jnp.bfloat16`` for :func:`fedjax_lab.models.mixed_precision`; by default as the module says.
 
     Raises:
-      ValueError: an unknown ``train_argument``; by ``init`` without ``sample_input``; by
+      ValueError: what is no Linen module; an unknown ``train_argument``; by ``init`` without ``sample_input``; by
         ``init_from`` for data that don't fit ``sample_input``; while tracing, for a loss that isn't
         per example and for a collection whose structure changes (sown values).
     """
+    if not isinstance(module, nn.Module):
+        is_class = isinstance(module, type) and issubclass(module, nn.Module)
+        hint = "build it first, Net(...)" if is_class else "NNX modules go to from_nnx, functions to from_functions"
+        raise ValueError(f"from_flax needs a Linen module; got {checks.shown(module)}: {hint}")
     modes = functional.mode_arguments(type(module).__call__, train_argument, mask_argument)
     sample = None if sample_input is None else _sample(sample_input)
 
@@ -168,4 +174,4 @@ def _same_collections(new: PyTree, old: PyTree) -> PyTree:
             f"the module's collections {changed} change their structure in a training call (sown "
             "values do); a model state must keep it. Remove the sow, or return them as outputs"
         )
-    return new
+    return typed_as(new, old)  # statistics of float64 inputs would be float64

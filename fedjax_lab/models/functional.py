@@ -75,11 +75,24 @@ def model(
 
     def classes(params, model_state, batch):
         """How many the network tells apart; it is a classifier by its loss."""
-        return apply(params, model_state, batch, None, jax.random.key(0), False)[0].shape[-1]
+        outputs = apply(params, model_state, batch, None, jax.random.key(0), False)[0]
+        if jnp.ndim(outputs) < 2:
+            raise ValueError(
+                "cross_entropy needs a model that gives scores [examples, classes]; its outputs for "
+                f"{batch_size(batch)} example have shape {jnp.shape(outputs)}. For a regression: "
+                "loss=fl.models.squared_error"
+            )
+        return outputs.shape[-1]
 
     counted = classes if loss is losses.cross_entropy and num_classes is None else None
-    made = Model(init, model_loss, model_metrics, init_from, num_classes, counted)
+    check = _applies_or_not if loss is losses.binary_cross_entropy else None
+    made = Model(init, model_loss, model_metrics, init_from, num_classes, counted, check)
     return made if compute_dtype is None else mixed_precision(made, compute_dtype)
+
+
+def _applies_or_not(data: Any) -> None:
+    """Labels of a sigmoid cross-entropy, which any other number would draw below zero."""
+    checks.values_in_range(data, "y", 0, 1, "label", "what a label may be, 1 where it applies and 0 where not,")
 
 
 def from_functions(

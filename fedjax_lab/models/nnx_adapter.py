@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 
+from fedjax_lab import checks
 from fedjax_lab.models import functional, losses
 from fedjax_lab.models.base import Model
+from fedjax_lab.models.precision import typed_as
 
 PyTree = Any
 # Reseeded in each call, and made anew in each call: neither is carried from step to step.
@@ -48,6 +50,8 @@ def from_nnx(
       ValueError: neither a module nor a factory of one; an unknown ``train_argument``; while
         tracing, for a loss that isn't per example or a random draw in training without a key.
     """
+    if isinstance(module, linen.Module) or (isinstance(module, type) and issubclass(module, linen.Module)):
+        raise ValueError(f"from_nnx needs an NNX module; got {checks.shown(module)}, a Linen one: use from_flax")
     make = _factory(module)
     abstract = nnx.eval_shape(lambda: make(jax.random.key(0)))
     if not isinstance(abstract, nnx.Module):
@@ -80,8 +84,12 @@ def from_nnx(
             _mask_batch_norms(net, functional.some_real(mask, size))
         if takes_rngs:
             keywords["rngs"] = nnx.Rngs(jax.random.fold_in(key, 0))
-        outputs = net(*x, **keywords)
-        return outputs, parts(net)[1] if train else model_state
+        try:
+            outputs = net(*x, **keywords)
+        except TypeError as error:  # JAX's, of shapes that don't go together
+            shapes = ", ".join(f"{a.dtype}{list(a.shape[1:])}" for a in jax.tree.leaves(x))
+            raise ValueError(f"the module can't take examples of {shapes}: {error}") from error
+        return outputs, typed_as(parts(net)[1], model_state) if train else model_state
 
     return functional.model(
         init, apply, loss=loss, metrics=metrics, num_classes=num_classes, compute_dtype=compute_dtype

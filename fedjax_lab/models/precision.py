@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lab import checks
-from fedjax_lab.models.base import Model
+from fedjax_lab.models.base import Model, as_model
 from fedjax_lab.models.casting import with_late_casts
 
 PyTree = Any
@@ -37,7 +37,7 @@ def mixed_precision(model: Model, dtype: Any = jnp.bfloat16, *, keep: Sequence[s
       ValueError: a ``dtype`` that isn't a floating-point type; what is no Model.
     """
     kind = _floating(dtype)
-    checks.model(model)
+    model = as_model(model)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
 
     def batch_in(batch):
@@ -57,7 +57,7 @@ def mixed_precision(model: Model, dtype: Any = jnp.bfloat16, *, keep: Sequence[s
         params = jax.tree.map(jnp.asarray, params)
         arguments = (model_state, batch_in(batch), mask, key)
         losses, new_state = with_late_casts(inside, params, narrow(params), *arguments)
-        return widened(losses), _typed_as(new_state, model_state)
+        return widened(losses), typed_as(new_state, model_state)
 
     def metrics(params, model_state, batch):
         return widened(model.metrics(_cast(params, kind), model_state, batch_in(batch)))
@@ -80,7 +80,7 @@ def _is_floating(x: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
-def _typed_as(new: PyTree, old: PyTree) -> PyTree:
+def typed_as(new: PyTree, old: PyTree) -> PyTree:
     """``new`` in ``old``'s dtypes; another structure is left for the engine to refuse."""
     if jax.tree.structure(new) != jax.tree.structure(old):
         return new

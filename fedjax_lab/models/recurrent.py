@@ -29,7 +29,7 @@ class LSTM(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         gates = nn.Dense(4 * self.units, bias_init=_forget_one, name="input")(x)
-        recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.units, 4 * self.units))
+        recurrent = self.param("recurrent", nn.initializers.orthogonal(), (self.units, 4 * self.units), jnp.float32)
 
         return jnp.swapaxes(hidden_states(jnp.swapaxes(gates, 0, 1), recurrent), 0, 1)
 
@@ -162,13 +162,16 @@ def word_lstm(vocab_size: int = 10_004, embed: int = 96, hidden: int = 670, laye
 def _language_model(module: LanguageModel) -> Model:
     for name in ("vocabulary", "embed", "units", "layers"):
         checks.positive(getattr(module, name), _ARGUMENTS.get(name, name), integer=True)
-    return from_flax(
+    made = from_flax(
         module,
         jax.ShapeDtypeStruct((1, 1), jnp.int32),
         loss=losses.cross_entropy if module.last_only else losses.sequence_cross_entropy,
         num_classes=module.vocabulary,
         inputs=_tokens,
     )
+    # The embedding of any other token is NaN.
+    check = lambda data: checks.values_in_range(data, "x", 0, module.vocabulary - 1, "token", "the vocabulary")
+    return made._replace(check=check)
 
 
 _ARGUMENTS: Mapping[str, str] = {"vocabulary": "vocab_size", "units": "hidden"}

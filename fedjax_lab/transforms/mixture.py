@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
-from fedjax_lab.models.base import Model, Variables
+from fedjax_lab.models.base import Model, Variables, as_model
 from fedjax_lab.round import Round, Tilt, Transform, chain_tilts, identity
 from fedjax_lab.transforms import stacked
 
@@ -58,7 +58,7 @@ def with_components(model: Model, components: int, *, spread: Any = 0.0) -> Mode
     Raises:
       ValueError: no component, a negative ``spread``, what is no model.
     """
-    checks.model(model)
+    model = as_model(model)
     checks.positive(components, "components", integer=True)
     checks.not_negative(spread, "spread")
     components = int(components)

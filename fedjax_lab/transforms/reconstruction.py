@@ -10,7 +10,7 @@ from jax.core import Tracer
 from fedjax_lab import checks
 from fedjax_lab.client import of_second_part
 from fedjax_lab.local import ClientOptimizer
-from fedjax_lab.models.base import Model, Variables, initial_variables
+from fedjax_lab.models.base import Model, Variables, as_model, initial_variables
 from fedjax_lab.ownership import owning
 from fedjax_lab.round import Round, Transform, chain_tilts, identity
 from fedjax_lab.transforms.personal import own_training
@@ -132,7 +132,8 @@ def reconstruction(
 
 def _initial(model: Model, data: Any) -> Variables:
     """The model as every client can make it; ``data`` are looked at for their shapes only."""
-    return initial_variables(model._replace(num_classes=None, classes=None), jax.random.key(0), data)
+    unchecked = as_model(model)._replace(num_classes=None, classes=None, check=None)
+    return initial_variables(unchecked, jax.random.key(0), data)
 
 
 def _same_model(trained: Variables, made: Variables) -> None:

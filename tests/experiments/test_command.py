@@ -117,6 +117,7 @@ def test_a_folder_of_something_else_is_refused(experiments, tmp_path, capsys):
         (["run", "toy", "--rate", "-1"], "rate must be positive"),
         (["reproduce", "--quik"], "--quick"),
         (["run"], "one of: toy"),
+        (["run", "--quick", "toy"], "name comes before its settings"),
     ],
 )
 def test_wrong_usage_names_the_nearest_and_ends_with_two(experiments, tmp_path, capsys, argv, hint):

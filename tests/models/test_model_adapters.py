@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import fedjax_lab as fl
 from fedjax_lab import models
 
 KEY = jax.random.key(0)
@@ -41,6 +42,42 @@ both = pytest.mark.parametrize("adapted", [linen_taking, nnx_taking])
 
 def seen(model, train, mask=MASK):
     return model.loss({}, (), BATCH, mask, KEY, train)[0]
+
+
+class TwoToThree(nnx.Module):
+    def __init__(self, rngs):
+        self.layer = nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: models.from_flax(nn.Dense), "build it first"),
+        (lambda: models.from_flax(TwoToThree(nnx.Rngs(0))), "from_nnx"),
+        (lambda: models.from_flax(lambda x: x), "from_functions"),
+        (lambda: models.from_nnx(nn.Dense(3)), "a Linen one: use from_flax"),
+        (lambda: models.from_nnx(nn.Dense), "a Linen one: use from_flax"),
+    ],
+)
+def test_a_module_of_the_other_kind(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+def test_examples_that_an_nnx_module_can_not_take():
+    model = models.from_nnx(TwoToThree)
+    with pytest.raises(ValueError, match=r"can't take examples of float32\[5\].*dot_general"):
+        model.metrics(*model.init(KEY), BATCH | {"x": jnp.ones((3, 5))})
+
+
+def test_a_classifier_without_scores():
+    model = models.from_functions(lambda key: jnp.zeros(2), lambda params, x: x @ params)
+    data = fl.FederatedData.from_clients({0: {"x": np.ones((3, 2)), "y": np.zeros(3, int)}})
+    with pytest.raises(ValueError, match=r"scores \[examples, classes\].*shape \(1,\).*squared_error"):
+        fl.initial_variables(model, KEY, data)
 
 
 @both
