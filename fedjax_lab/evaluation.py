@@ -76,6 +76,12 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
     if round.metrics is None or not (personal or shares_model(round)):
         raise ValueError("this Round has no model metrics to evaluate (Round.metrics and Round.view)")
 
+    if personal:
+        train = own
+
+        def own(position, env):
+            return dataclasses.replace(train(position, env), for_use=True)
+
     def client_update(message, state, client, key, tilt=identity):
         if personal:
             variables = round.personalize(message, state, own(client.id, client.env), key)

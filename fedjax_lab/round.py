@@ -336,7 +336,7 @@ def nbytes(tree: PyTree) -> Any:
 
     def size(leaf) -> Any:
         if isinstance(leaf, Sent | Verbatim):
-            return leaf.length
+            return jnp.sum(leaf.length, dtype=jnp.uint32) if jnp.ndim(leaf.length) else leaf.length  # several, stacked
         if isinstance(leaf, Sometimes):
             there = jnp.asarray(leaf.there)  # several where messages are stacked, and so are their contents
             return (jnp.sum(there) * (nbytes(leaf.content) // there.size)).astype(jnp.uint32)

@@ -205,8 +205,10 @@ def _holding(received: Variables, weights: jax.Array) -> Tilt:
 
 def _count(variables: Variables) -> int:
     if not isinstance(variables.params, Components):
+        rates = isinstance(variables.params, dict) and set(variables.params) == {"params", "rates"}
+        made = "with_components(with_rates(model, rate), M)" if rates else "with_components(model, M)"
         raise ValueError(
-            "mixture() weighs components: fl.transforms.with_components(model, M) goes around the model last"
+            f"mixture() weighs components, around everything else of the model: write fl.transforms.{made}"
         )
     return jax.tree.leaves(variables.params)[0].shape[0]
 

@@ -72,7 +72,7 @@ def reconstruction(
                 "reconstruction() takes leaves out of whole models, but this Round sends parts of one (federated "
                 "dropout, width slices, pruning, merged adapters), which don't go together"
             )
-        if {"partial", "many_models"} & round.traits:
+        if {"split", "many_models"} & round.traits:
             raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
         if "by_leaf" in round.traits:
             raise ValueError(
@@ -124,7 +124,7 @@ def reconstruction(
             client_update=client_update,
             server_update=server_update,
             personalize=personalize,
-            traits=round.traits | {"personal", "partial"},
+            traits=round.traits | {"personal", "partial", "split"},
         )
 
     return transform
