@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from fedjax_lab import checks
@@ -67,9 +68,9 @@ def of(client: ClientData, value: Any) -> Any:
 def _check(value: Any, name: str, least: str) -> None:
     if isinstance(value, str | Tracer):
         return
-    values = jnp.asarray(value)
-    good = (values > 0) if least == "positive" else (values >= 0)
-    if values.ndim > 1 or not jnp.issubdtype(values.dtype, jnp.number) or not (good & jnp.isfinite(values)).all():
+    values = np.asarray(value)  # jax.numpy's has no value in a sweep, whatever is swept
+    ok = values.ndim <= 1 and values.dtype.kind in "iuf"
+    if not ok or not (((values > 0) if least == "positive" else (values >= 0)) & np.isfinite(values)).all():
         raise ValueError(
             f"{name} must be a number {least}, one for each client, or an attribute's name; got {checks.shown(value)}"
         )
