@@ -216,8 +216,7 @@ def _known(form: str, forms: tuple[str, ...]) -> None:
 
 def _meta(make: Callable[..., Tilt], adapt, share: float, batch_size: int | None, who: str, form: str) -> Transform:
     """Local training on the query part, with a tilt that knows the support part; and the adapted model."""
-    if isinstance(share, bool) or not isinstance(share, float) or not 0 < share < 1:
-        raise ValueError(f"support must be a share between 0 and 1, such as 0.5; got {checks.shown(share)}")
+    checks.share(share, "support")
     if batch_size is not None:
         checks.positive(batch_size, "support_batch_size", integer=True)
 

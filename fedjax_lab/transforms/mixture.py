@@ -47,7 +47,8 @@ def with_components(model: Model, components: int, *, spread: Any = 0.0) -> Mode
     Its loss is that of the mixture, ``-log sum_m pi_m exp(-loss_m)``; the components' losses are taken for negative
     log likelihoods, up to a constant (a squared error for one of variance 1/2). The weights ``pi`` are equal, or a
     client's own where a client's model is used (:func:`mixture`). For a classifier, whose labels ``y`` are one a
-    row, ``accuracy`` is that of the mixed probabilities; all other metrics are the components' means by weight.
+    row, ``accuracy`` is that of the mixed probabilities; all other metrics are the components' means by weight. A start
+    of one's own is ``process.init(key, fl.transforms.Components(params))`` with leaves ``[components, ...]``.
 
     Args:
       model: of one component. The first begins as ``model.init`` does with the same key, the others with their own.

@@ -56,8 +56,7 @@ def reconstruction(
     """
     checks.model(model)
     checks.predicate(predicate)
-    if isinstance(support, bool) or not isinstance(support, float) or not 0 < support < 1:
-        raise ValueError(f"support must be a share between 0 and 1, such as 0.5; got {checks.shown(support)}")
+    checks.share(support, "support")
 
     def transform(round: Round) -> Round:
         view, lens = round.view, round.model
