@@ -34,7 +34,8 @@ def reconstruction(
     leaves, with those received held; on the query the inner round trains the others, with the private ones held, and
     that update travels. It weighs by its query examples. What each client would use is what it was sent, completed
     from all its data: a client that never took part does the same. Kept per client: nothing, so that the population
-    may be large and a client may come once. Travels: the shared part, each way.
+    may be large and a client may come once. Travels: the shared part, each way. Over :func:`mixture` the private leaves
+    are rebuilt for components of equal weights.
 
     The private leaves begin where ``model`` initialises them with a key that all clients know: they are part of the
     program and not sent.
