@@ -59,6 +59,13 @@ def test_per_fedavg_of_federated_dropout_adapts_the_small_network():
     np.testing.assert_array_equal(new["hidden"]["kernel"][:, others], start["hidden"]["kernel"][:, others])
 
 
+def test_the_oracle_reads_the_support_within_full_batches():
+    data = softmax_data((12, 7, 9))
+    round = fl.compose(fedavg(SOFTMAX, SGD, **WORK), per_fedavg(0.1))
+    slow = fl.oracle_run(round, data, num_rounds=2, seed=0)
+    assert_close(fl.run(fl.synchronous(round, data), 2, seed=0).params, slow.params, atol=1e-6)
+
+
 def test_what_clients_use_after_federated_dropout_starts_from_the_whole_model():
     data = softmax_data((12, 7, 9))
     tuned = fine_tuning(SGD, steps=3, batch_size=None)
