@@ -48,7 +48,7 @@ def afl(
       model: the model, whose losses must not be negative.
       client_optimizer: the local optimizer.
       lam_learning_rate: the paper's gamma_lam; 0 is FedAvg with the weights it begins with.
-      weighting: the mixture to begin with, p_k.
+      weighting: the mixture to begin with, p_k; a client whose p_k is 0 may come in.
       **local_work: as for :func:`algorithms.fedavg.fedavg`.
 
     Raises:
@@ -67,7 +67,9 @@ def afl(
     def client_update(message, state, client, key, tilt=fl.identity):
         out = base.client_update(message.inner, state, client, key, tilt)
         loss = fl.mean_loss(model.loss, message.inner, client, jax.random.fold_in(key, 0xF))
-        return out._replace(upload=(out.upload, loss, jnp.int32(client.id)), bytes_up=None)
+        # Who begins outside the mixture must be heard: a client of weight 0 counts for nothing.
+        heard = jnp.where(client.size > 0, jnp.maximum(out.weight, jnp.finfo(jnp.float32).tiny), 0)
+        return out._replace(upload=(out.upload, loss, jnp.int32(client.id)), weight=heard, bytes_up=None)
 
     def lift(upload, weight, message, env):
         update, loss, me = upload

@@ -36,9 +36,9 @@ def fedrecon(
       support: a client's share of examples to reconstruct from.
       **local_work: as for :func:`algorithms.fedavg.fedavg`, of the global part.
     """
-    work = {name: local_work[name] for name in ("epochs", "steps", "batch_size") if name in local_work}
+    work = {name: local_work[name] for name in ("epochs", "steps", "batch_size", "static") if name in local_work}
     if reconstruction_steps is not None:
-        work = {**{n: v for n, v in work.items() if n == "batch_size"}, "steps": reconstruction_steps}
+        work = {n: v for n, v in work.items() if n in ("batch_size", "static")} | {"steps": reconstruction_steps}
     optimizer = client_optimizer if reconstruction_optimizer is None else reconstruction_optimizer
     rebuilt = fl.transforms.reconstruction(model, private, optimizer, support=support, **work)
     return fl.compose(fedavg(model, client_optimizer, **local_work), rebuilt)

@@ -31,7 +31,7 @@ def fedrep(
       head_epochs: passes in which the head is trained alone, the paper's tau.
       **local_work: as for :func:`algorithms.fedavg.fedavg`, of the representation.
     """
-    batch_size = local_work.get("batch_size", 10)
-    first = fl.local_training(model, client_optimizer, epochs=head_epochs, batch_size=batch_size)
+    shared = {"batch_size": local_work.get("batch_size", 10), "static": local_work.get("static", False)}
+    first = fl.local_training(model, client_optimizer, epochs=head_epochs, **shared)
     base = fedavg(model, client_optimizer, **local_work)
     return fl.compose(base, fl.transforms.private(head, alternating=first))

@@ -176,7 +176,7 @@ def virtual(
         metrics=model.metrics,
         model=fl.Lens(lambda s: s.variables, lambda s, v: s._replace(variables=v)),
         view=fl.Lens(lambda m: m.variables, lambda m, v: m._replace(variables=v)),
-        traits=frozenset({"personal"} | ({"partial"} if private is not None else set())),
+        traits=frozenset({"personal"} | ({"partial", "split"} if private is not None else set())),
     )
 
 

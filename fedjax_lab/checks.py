@@ -149,6 +149,12 @@ def shares(fraction: float | Sequence[float]) -> np.ndarray:
     return parts
 
 
+def share(value: Any, name: str) -> None:
+    """Refuse what isn't a part of the whole, above 0 and below 1, or isn't known when it is compiled."""
+    if isinstance(value, Tracer) or not isinstance(value, float | np.floating) or not 0 < value < 1:
+        raise ValueError(f"{name} must be a share between 0 and 1, such as 0.5; got {shown(value)}")
+
+
 def weights(values: Any, name: str, count: int | None) -> None:
     """Refuse what isn't ``count`` finite numbers of at least 0, one of them positive; traced ones pass."""
     shape = np.shape(values)

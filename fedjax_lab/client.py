@@ -28,6 +28,7 @@ class ClientData:
       tile: static, how many rows :meth:`fold` best reads at once when order doesn't matter.
       population: static, the number of clients; ``None`` outside a round.
       own: static, predicates of the parameters that are its own (:mod:`fedjax_lab.ownership`).
+      for_use: static, whether it is sent a model to use it, and not to train it.
     """
 
     arrays: PyTree
@@ -43,6 +44,7 @@ class ClientData:
     shuffled: bool = dataclasses.field(default=False, metadata={"static": True})
     population: int | None = dataclasses.field(default=None, metadata={"static": True})
     own: tuple[Callable[[str], bool], ...] = dataclasses.field(default=(), metadata={"static": True})
+    for_use: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def take(self, positions: jax.Array) -> PyTree:
         """The examples at ``positions`` of this view, ``int[n]`` -> leaves ``[n, ...]``.

@@ -76,19 +76,22 @@ def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: boo
     if round.metrics is None or not (personal or shares_model(round)):
         raise ValueError("this Round has no model metrics to evaluate (Round.metrics and Round.view)")
 
+    def seen(client):
+        return dataclasses.replace(own(client.id, client.env), for_use=personal)
+
     def client_update(message, state, client, key, tilt=identity):
         if personal:
-            variables = round.personalize(message, state, own(client.id, client.env), key)
+            variables = round.personalize(message, state, seen(client), key)
         else:
             variables = message if "sub_models" in round.traits else round.view.get(message)
         values = mean_over_client(lambda batch, mask: round.metrics(*variables, batch), client)
         return ClientOutput(values, client.size, state, metrics=values)
 
-    broadcast = lambda server, state, client, key: round.broadcast(server, state, own(client.id, client.env), key)
+    broadcast = lambda server, state, client, key: round.broadcast(server, state, seen(client), key)
     if not personal and "sub_models" in round.traits:  # what all share is the whole, of which each is sent a part
         broadcast = lambda server, state, client, key: round.model.get(server)
     return round._replace(
-        init_client=lambda server, client: round.init_client(server, own(client.id, client.env)),
+        init_client=lambda server, client: round.init_client(server, seen(client)),
         broadcast=broadcast,
         client_update=client_update,
         aggregate=aggregators.mean(),

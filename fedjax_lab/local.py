@@ -10,6 +10,7 @@ import optax
 from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.descent import begins_downhill, goes_downhill
+from fedjax_lab.loops import client_loop
 from fedjax_lab.models.base import Model, Variables
 from fedjax_lab.ordering import large_ones_last
 from fedjax_lab.round import LocalTraining, Oracle, Tilt, Trained, identity
@@ -177,7 +178,7 @@ def _full_batch_loop(step, carry, client, trips, amount, key, static, pieces):
         return step(carry, batch, mask, positions, jax.random.fold_in(key, t))
 
     if not static:
-        return jax.lax.fori_loop(0, trips, body, carry)
+        return client_loop(client, trips, body, carry)  # tilts may read the client's examples too
 
     def masked(carry, t):
         return jax.tree.map(lambda a, b: jnp.where(t < trips, a, b), body(t, carry), carry), None

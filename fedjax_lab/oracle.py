@@ -31,6 +31,7 @@ class PlainClient(NamedTuple):
     tile: int
     order: tuple[int, ...] | None = None  # of a split's part: which of the arrays' rows, in which order
     own: tuple = ()
+    for_use: bool = False
 
     def take(self, positions) -> PyTree:
         rows = np.clip(np.asarray(positions), 0, max(self.size - 1, 0))

@@ -338,7 +338,7 @@ def nbytes(tree: PyTree) -> Any:
         if hasattr(leaf, "wire_bytes"):  # see fedjax_lab.wire.payload
             return leaf.wire_bytes()
         if isinstance(leaf, Sent | Verbatim):
-            return leaf.length
+            return jnp.sum(leaf.length, dtype=jnp.uint32) if jnp.ndim(leaf.length) else leaf.length  # several, stacked
         if isinstance(leaf, Sometimes):
             there = jnp.asarray(leaf.there)  # several where messages are stacked, and so are their contents
             return (jnp.sum(there) * (nbytes(leaf.content) // there.size)).astype(jnp.uint32)

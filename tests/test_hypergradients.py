@@ -13,6 +13,9 @@ import pytest
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from algorithms.fedprox import fedprox
+from algorithms.fedrecon import fedrecon
+from algorithms.fedrep import fedrep
+from fedjax_lab.transforms import leaves
 from tests.problems import assert_close, softmax_data, softmax_model, steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -140,6 +143,23 @@ def test_a_static_loop_trains_as_the_other_does():
         state, metrics = steps(fl.synchronous(algorithm, DATA, fl.uniform(5), lanes=2), 2)
         results.append((state.server, metrics["loss"]))
     assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lr: fedrep(MODEL, optax.sgd(lr), head=leaves("params/b"), head_epochs=2, static=True),
+        lambda lr: fedrecon(MODEL, optax.sgd(lr), private=leaves("params/b"), reconstruction_steps=2, static=True),
+    ],
+    ids=["fedrep", "fedrecon"],
+)
+def test_both_phases_of_a_split_model_are_static(make):
+    def shared(lr):
+        return jnp.sum(after(fl.synchronous(make(lr), DATA, fl.everyone(), lanes=3), 2)["w"] ** 2)
+
+    reverse, forward = jax.jit(lambda lr: (jax.grad(shared)(lr), jax.jvp(shared, (lr,), (1.0,))[1]))(0.2)
+    assert abs(forward) > 1e-2
+    np.testing.assert_allclose(reverse, forward, rtol=1e-4)
 
 
 def test_work_that_is_not_known_when_compiled_is_refused():

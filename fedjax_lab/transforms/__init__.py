@@ -11,7 +11,7 @@ from fedjax_lab.transforms.hypernetwork import Hypernetwork, hypernetwork, perce
 from fedjax_lab.transforms.knn import nearest_neighbours
 from fedjax_lab.transforms.local_gradients import local_gradients
 from fedjax_lab.transforms.meta import meta_sgd, per_fedavg, reptile, with_rates
-from fedjax_lab.transforms.mixture import mixture, with_components
+from fedjax_lab.transforms.mixture import Components, mixture, with_components
 from fedjax_lab.transforms.partial_averaging import partial_averaging, periods
 from fedjax_lab.transforms.personal import fine_tuning, personal_model
 from fedjax_lab.transforms.pfedme import moreau, pfedme

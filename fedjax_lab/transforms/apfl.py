@@ -9,6 +9,7 @@ from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import first_message
 from fedjax_lab.round import Round, Tilt, Transform, identity
+from fedjax_lab.transforms import memories
 from fedjax_lab.transforms.personal import own_training, received_model
 
 PyTree = Any
@@ -51,6 +52,7 @@ def apfl(alpha: Any = 0.5, *, learn_alpha: bool = False) -> Transform:
     checks.probability(alpha, "alpha")
 
     def transform(round: Round) -> Round:
+        memories.of_units(round, "apfl()")
         sent = received_model(round, "apfl()")
         local = own_training(round, None, {}, "apfl()")
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from fedjax_lab import checks
 from fedjax_lab.local import mean_loss
-from fedjax_lab.round import Aggregator, Env, Lens, Round, Sent, Transform, identity, through
-from fedjax_lab.transforms import stacked
+from fedjax_lab.round import Aggregator, Env, Lens, Round, Transform, identity, through
+from fedjax_lab.transforms import memories, stacked
 from fedjax_lab.transforms.personal import received_model
 from fedjax_lab.turn import select
 
@@ -74,18 +74,19 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
             raise ValueError("clusters() chooses among models by their loss, but this Round trains none")
         if "many_models" in round.traits:
             raise ValueError("clusters() multiplies a Round's model, but this Round has several already")
+        if k == 1:
+            return round
         if "by_leaf" in round.traits:
             raise ValueError(
                 "clusters() sends several models, but partial_averaging() sends a client what is new to it of one: "
                 "leave one of the two out"
             )
-        if k == 1:
-            return round
-        if "remembering" in round.traits:
+        if {"pruned", "in_step"} & round.traits:
             raise ValueError(
-                "clusters() lets clients go from one model to another, but this Round corrects them by what it "
-                "remembers of one (control variates, dual variables): put it over a Round without"
+                "clusters() sends several models, but this Round (pruning, lag_ps, fl.downlink) sends what is new to a "
+                "client that holds one: put fl.downlink behind clusters(), and leave the others out"
             )
+        memories.of_one_model(round, "clusters() lets clients go from one model to another")
         sent = received_model(round, "clusters()")
         number = jnp.uint8 if k <= 256 else jnp.int32
 
@@ -102,13 +103,7 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
             return jnp.argmin(jax.vmap(of)(message))
 
         def broadcast(server, state, client, key):
-            message = jax.vmap(lambda one: round.broadcast(one, state, client, key))(server.models)
-            if any(isinstance(part, Sent) for part in jax.tree.leaves(message, is_leaf=lambda x: isinstance(x, Sent))):
-                raise ValueError(
-                    "clusters() sends several models, but this Round sends what is new to a client that holds one: "
-                    "put downlink() after clusters(), and leave out what else makes such messages"
-                )
-            return message
+            return jax.vmap(lambda one: round.broadcast(one, state, client, key))(server.models)
 
         def client_update(message, state, client, key, tilt=identity):
             cluster = choose(message, state, client, key)
@@ -141,7 +136,7 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
             personalize=personalize,
             model=through(inside, put, model),
             view=_first(view),
-            traits=round.traits | {"many_models", "personal"},
+            traits=round.traits | {"many_models", "chosen", "personal"},
         )
 
     return transform

@@ -61,10 +61,13 @@ def control_variates(option: str = "II", weighting: Any = "examples", learning_r
         model, view, loss = round.model, round.view, round.loss
         if model is None or view is None or loss is None:
             raise ValueError("control_variates() corrects local training, but this Round trains no model")
-        if {"partial", "many_models", "sub_models", "pruned"} & round.traits:
+        if {"many_models", "sub_models"} & round.traits:
             raise ValueError(
-                "control_variates() comes before transforms that split or multiply the model: put it first"
+                "control_variates() remembers a gradient for each entry of one model, but this Round has several, or "
+                "sends parts of one (clusters, hypernetworks, federated dropout, width slices), which don't go together"
             )
+        if {"partial", "pruned"} & round.traits:
+            raise ValueError("control_variates() comes before transforms that split or prune the model: put it first")
         zeros = lambda server: jax.tree.map(jnp.zeros_like, model.get(server).params)
 
         def init(key, data, params=None):

@@ -16,6 +16,7 @@ from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import first_message, nested
 from fedjax_lab.ownership import owning
 from fedjax_lab.round import Aggregator, Round, Transform, chain_tilts, identity, proximal
+from fedjax_lab.transforms import memories
 
 PyTree = Any
 
@@ -82,6 +83,7 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
             raise ValueError("coupling() trains each client's own model, but this Round sends none")
         if {"partial", "many_models"} & round.traits:
             raise ValueError("coupling() comes before transforms that split or multiply the model: put it first")
+        memories.of_units(round, "coupling()")
 
         def init(key, data, params=None):
             server = round.init(key, data, params)

@@ -139,6 +139,7 @@ def _with_references(round: Round, wire: Wire) -> Round:
         broadcast=broadcast,
         client_update=client_update,
         personalize=personal and (lambda m, s, client, key: personal(m.content, s.inner, client, key)),
+        traits=round.traits | {"in_step"},
     )
 
 

@@ -69,7 +69,12 @@ def gradient_rounds(correct: Correct, own: bool = True) -> Transform:
         model, view, loss = round.model, round.view, round.loss
         if model is None or view is None or loss is None:
             raise ValueError("gradient_rounds() corrects local training, but this Round trains no model")
-        if {"partial", "many_models", "sub_models", "pruned"} & round.traits:
+        if "sub_models" in round.traits:
+            raise ValueError(
+                "gradient_rounds() collects a gradient of the whole model, but this Round sends parts of it (federated "
+                "dropout, width slices), which don't go together"
+            )
+        if {"partial", "many_models", "pruned"} & round.traits:
             raise ValueError("gradient_rounds() comes before transforms that split or multiply the model: put it first")
 
         def init(key, data, params=None):

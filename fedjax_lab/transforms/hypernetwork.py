@@ -16,6 +16,7 @@ from fedjax_lab.descent import goes_downhill
 from fedjax_lab.models.base import Variables, add
 from fedjax_lab.nesting import nested
 from fedjax_lab.round import Aggregator, Lens, Round, Transform, identity
+from fedjax_lab.transforms import memories
 
 PyTree = Any
 
@@ -276,17 +277,13 @@ def _unchangeable(server: HyperServer, variables: Variables) -> HyperServer:
 
 
 def _check_round(round: Round) -> None:
-    if "remembering" in round.traits:
-        raise ValueError(
-            "hypernetwork() makes each client's model anew, but this Round corrects them by what it remembers of one "
-            "(control variates, dual variables): put it over a Round without"
-        )
+    memories.of_one_model(round, "hypernetwork() makes each client's model anew")
     if round.model is None or round.view is None:
         raise ValueError("hypernetwork() makes the models that clients are sent, but this Round sends none")
-    if {"many_models", "sub_models"} & round.traits:
-        raise ValueError("hypernetwork() makes whole models, one for each client, but this Round sends several")
-    if "changes" in round.traits:
+    if "many_models" in round.traits:
+        raise ValueError("hypernetwork() makes a model for each client, but this Round has several already")
+    if "sub_models" in round.traits:
         raise ValueError(
-            "hypernetwork() learns from how a client's model changed, but this Round uploads what is new since the "
-            'last upload: take a selective(...) that has instead="nothing"'
+            "hypernetwork() makes whole models, but this Round sends parts of one (federated dropout, width slices), "
+            "which don't go together"
         )

@@ -14,6 +14,7 @@ from fedjax_lab.gradients import client_gradient
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import Model, Variables, add, difference, reparametrized
 from fedjax_lab.round import Oracle, Round, Tilt, Transform, chain_tilts, identity
+from fedjax_lab.transforms.mixture import Components
 from fedjax_lab.transforms.personal import received_model
 from fedjax_lab.transforms.smoothness import twice_differentiable
 
@@ -116,34 +117,37 @@ def meta_sgd(*, form: str = "exact", support: float = 0.5, support_batch_size: i
     _known(form, ("exact", "first_order"))
 
     def parts(params):
-        if not isinstance(params, dict) or set(params) != {"params", "rates"}:
-            raise ValueError(
-                "meta_sgd() learns rates: fl.transforms.with_rates(model, rate) goes around the model last"
-            )
-        return params["params"], params["rates"]
+        """Parameters, rates, and what puts the two together again: a model's, or those of a mixture's components."""
+        several = isinstance(params, Components)
+        inside = params.each if several else params
+        if not isinstance(inside, dict) or set(inside) != {"params", "rates"}:
+            made = "with_components(with_rates(model, rate), M)" if several else "with_rates(model, rate)"
+            raise ValueError(f"meta_sgd() learns rates beside each model's parameters: write fl.transforms.{made}")
+        pack = Components if several else identity
+        return inside["params"], inside["rates"], lambda theta, rates: pack({"params": theta, "rates": rates})
 
     def step(params, gradient):
-        theta, rates = parts(params)
-        grads = gradient(params)["params"]
+        theta, rates, whole = parts(params)
+        grads = parts(gradient(params))[0]
         moved = jax.tree.map(lambda w, a, g: (w - a * g).astype(w.dtype), theta, rates, grads)
-        return {"params": moved, "rates": rates}, grads
+        return whole(moved, rates), grads
 
     def tilt(gradient_of):
         def tilt(oracle):
             def tilted(params, inputs, key):
-                theta, rates = parts(params)
+                theta, rates, whole = parts(params)
                 gradient = gradient_of(oracle, inputs[0], key)
                 adapted, before = step(params, gradient)
                 grads, aux = oracle(adapted, inputs, key)
-                after = grads["params"]
+                after = parts(grads)[0]
                 own = after
                 if form == "exact":
                     scaled = jax.tree.map(lambda a, g: a * g, rates, after)
-                    of_theta = lambda theta: gradient({"params": theta, "rates": rates})["params"]
+                    of_theta = lambda theta: parts(gradient(whole(theta, rates)))[0]
                     curved = jax.jvp(of_theta, (theta,), (scaled,))[1]
                     own = jax.tree.map(lambda g, h: (g - h).astype(g.dtype), after, curved)
                 slopes = jax.tree.map(lambda b, g: -b * g, before, after)
-                return {"params": own, "rates": slopes}, aux
+                return whole(own, slopes), aux
 
             return tilted
 
@@ -212,8 +216,7 @@ def _known(form: str, forms: tuple[str, ...]) -> None:
 
 def _meta(make: Callable[..., Tilt], adapt, share: float, batch_size: int | None, who: str, form: str) -> Transform:
     """Local training on the query part, with a tilt that knows the support part; and the adapted model."""
-    if isinstance(share, bool) or not isinstance(share, float) or not 0 < share < 1:
-        raise ValueError(f"support must be a share between 0 and 1, such as 0.5; got {checks.shown(share)}")
+    checks.share(share, "support")
     if batch_size is not None:
         checks.positive(batch_size, "support_batch_size", integer=True)
 

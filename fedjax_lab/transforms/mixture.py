@@ -47,7 +47,8 @@ def with_components(model: Model, components: int, *, spread: Any = 0.0) -> Mode
     Its loss is that of the mixture, ``-log sum_m pi_m exp(-loss_m)``; the components' losses are taken for negative
     log likelihoods, up to a constant (a squared error for one of variance 1/2). The weights ``pi`` are equal, or a
     client's own where a client's model is used (:func:`mixture`). For a classifier, whose labels ``y`` are one a
-    row, ``accuracy`` is that of the mixed probabilities; all other metrics are the components' means by weight.
+    row, ``accuracy`` is that of the mixed probabilities; all other metrics are the components' means by weight. A start
+    of one's own is ``process.init(key, fl.transforms.Components(params))`` with leaves ``[components, ...]``.
 
     Args:
       model: of one component. The first begins as ``model.init`` does with the same key, the others with their own.
@@ -205,8 +206,10 @@ def _holding(received: Variables, weights: jax.Array) -> Tilt:
 
 def _count(variables: Variables) -> int:
     if not isinstance(variables.params, Components):
+        rates = isinstance(variables.params, dict) and set(variables.params) == {"params", "rates"}
+        made = "with_components(with_rates(model, rate), M)" if rates else "with_components(model, M)"
         raise ValueError(
-            "mixture() weighs components: fl.transforms.with_components(model, M) goes around the model last"
+            f"mixture() weighs components, around everything else of the model: write fl.transforms.{made}"
         )
     return jax.tree.leaves(variables.params)[0].shape[0]
 

@@ -90,7 +90,17 @@ def partial_averaging(averaged: Schedule) -> Transform:
         model, view = round.model, round.view
         if model is None or view is None:
             raise ValueError("partial_averaging() averages a model's leaves, but this Round sends none")
-        if {"partial", "many_models", "encoded", "sub_models"} & round.traits:
+        if "split" in round.traits:
+            raise ValueError(
+                "partial_averaging() averages leaves of whole models, but this Round (private(), reconstruction()) "
+                "never sends some: leave that out, and give leaves that stay with each client a period of 0"
+            )
+        if {"sub_models", "chosen"} & round.traits:
+            raise ValueError(
+                "partial_averaging() has each client hold one model's leaves, but this Round sends parts of them "
+                "(federated dropout, width slices) or several models (clusters), which don't go together"
+            )
+        if {"partial", "many_models", "encoded"} & round.traits:
             raise ValueError(
                 "partial_averaging() comes before transforms that split, multiply or encode the model: put it first"
             )

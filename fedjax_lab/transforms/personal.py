@@ -14,6 +14,7 @@ from fedjax_lab.local import ClientOptimizer, local_training
 from fedjax_lab.models.base import Model, Variables
 from fedjax_lab.nesting import first_message
 from fedjax_lab.round import LocalTraining, Round, Transform, identity, proximal
+from fedjax_lab.transforms import memories
 
 PyTree = Any
 
@@ -73,6 +74,7 @@ def personal_model(lam: Any, client_optimizer: ClientOptimizer | None = None, **
     checks.not_negative(lam, "lam")
 
     def transform(round: Round) -> Round:
+        memories.of_units(round, "personal_model()")
         sent = received_model(round, "personal_model()")
         local = own_training(round, client_optimizer, local_work, "personal_model()")
 
@@ -111,11 +113,6 @@ def received_model(round: Round, who: str) -> Callable[[PyTree, PyTree, ClientDa
     view, personalize = round.view, round.personalize
     if view is None:
         raise ValueError(f"{who} begins with the model that clients are sent, but this Round sends none")
-    if "moving_units" in round.traits:
-        raise ValueError(
-            f"{who} begins with the model that clients are sent, of which federated_dropout() sends a part, "
-            "another one each round: put that behind it"
-        )
     if "merged" in round.traits:
         raise ValueError(f"{who} trains, and merged adapters don't: put `merged` behind it")
     if {"partial", "many_models"} & round.traits and personalize is not None:

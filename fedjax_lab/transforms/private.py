@@ -137,7 +137,7 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
             client_update=client_update,
             server_update=server_update,
             personalize=personalize,
-            traits=round.traits | {"personal", "partial"},
+            traits=round.traits | {"personal", "partial", "split"},
         )
 
     return transform

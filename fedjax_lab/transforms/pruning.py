@@ -261,5 +261,10 @@ def _check_round(round: Round) -> None:
         raise ValueError("pruning() prunes the server's model, but this Round has none or sends none")
     if {"encoded", "summed"} & round.traits:
         raise ValueError("pruning() shortens uploads, but this Round's are encoded already: put fl.uplink behind it")
-    if {"sub_models", "pruned", "partial", "many_models"} & round.traits:
-        raise ValueError("pruning() needs a Round that sends one whole model: put it before transforms that split it")
+    if {"sub_models", "pruned", "split", "chosen"} & round.traits:
+        raise ValueError(
+            "pruning() needs a Round that sends one whole model, but this one sends parts of it (federated dropout, "
+            "width slices, pruning, private leaves) or several to choose from (clusters), which don't go together"
+        )
+    if {"partial", "many_models"} & round.traits:
+        raise ValueError("pruning() comes before transforms that multiply the model: put it first")

@@ -34,7 +34,8 @@ def reconstruction(
     leaves, with those received held; on the query the inner round trains the others, with the private ones held, and
     that update travels. It weighs by its query examples. What each client would use is what it was sent, completed
     from all its data: a client that never took part does the same. Kept per client: nothing, so that the population
-    may be large and a client may come once. Travels: the shared part, each way.
+    may be large and a client may come once. Travels: the shared part, each way. Over :func:`mixture` the private leaves
+    are rebuilt for components of equal weights.
 
     The private leaves begin where ``model`` initialises them with a key that all clients know: they are part of the
     program and not sent.
@@ -56,8 +57,7 @@ def reconstruction(
     """
     checks.model(model)
     checks.predicate(predicate)
-    if isinstance(support, bool) or not isinstance(support, float) or not 0 < support < 1:
-        raise ValueError(f"support must be a share between 0 and 1, such as 0.5; got {checks.shown(support)}")
+    checks.share(support, "support")
 
     def transform(round: Round) -> Round:
         view, lens = round.view, round.model
@@ -72,7 +72,7 @@ def reconstruction(
                 "reconstruction() takes leaves out of whole models, but this Round sends parts of one (federated "
                 "dropout, width slices, pruning, merged adapters), which don't go together"
             )
-        if {"partial", "many_models"} & round.traits:
+        if {"split", "many_models"} & round.traits:
             raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
         if "by_leaf" in round.traits:
             raise ValueError(
@@ -124,7 +124,7 @@ def reconstruction(
             client_update=client_update,
             server_update=server_update,
             personalize=personalize,
-            traits=round.traits | {"personal", "partial"},
+            traits=round.traits | {"personal", "partial", "split"},
         )
 
     return transform

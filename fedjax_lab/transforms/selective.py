@@ -13,6 +13,7 @@ from fedjax_lab.local import client_weight
 from fedjax_lab.models.base import add, difference
 from fedjax_lab.population import mean_weight, population_mean
 from fedjax_lab.round import Aggregator, Env, Round, Sent, Transform, identity, nbytes, through
+from fedjax_lab.transforms import memories
 from fedjax_lab.transforms.uplink import is_mean_of_everything
 from fedjax_lab.turn import select
 from fedjax_lab.wire.base import Like
@@ -140,6 +141,8 @@ def selective(rule: Rule, *, instead: str = "nothing", weighting: Any = "example
             raise ValueError(f"{rule.name} comes before transforms that split or multiply the model: put it first")
         if kept and "encoded" in round.traits:
             raise ValueError(f"{rule.name} compares uploads with earlier ones: put it before fl.uplink, not behind")
+        if kept or rule.remembers:
+            memories.of_units(round, rule.name)
         opened = (lambda message: message.inner.content) if rule.asks else (lambda message: message.inner)
 
         def init(key, data, params=None):
@@ -216,7 +219,10 @@ def selective(rule: Rule, *, instead: str = "nothing", weighting: Any = "example
             personalize=personal and (lambda m, s, client, key: personal(opened(m), s.inner, client, key)),
             model=through(lambda server: server.inner, lambda s, part: dataclasses.replace(s, inner=part), model),
             view=through(opened, put, view),
-            traits=round.traits | {"moves_alone"} | ({"changes"} if stale else set()),
+            traits=round.traits
+            | {"moves_alone"}
+            | ({"changes"} if stale else set())
+            | ({"in_step"} if rule.asks else set()),
         )
 
     return transform

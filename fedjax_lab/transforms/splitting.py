@@ -10,7 +10,7 @@ from fedjax_lab import checks
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import first_turn
 from fedjax_lab.round import Aggregator, Env, Round, Transform, through
-from fedjax_lab.transforms import split_tree, stacked
+from fedjax_lab.transforms import memories, split_tree, stacked
 from fedjax_lab.transforms.bipartition import LINKAGES, bipartition, cosines, directions
 from fedjax_lab.transforms.split_tree import Places, Tree
 from fedjax_lab.turn import select
@@ -215,11 +215,7 @@ def _check(round: Round) -> None:
         raise ValueError("split_clusters() trains a model for each cluster, but this Round trains none")
     if "many_models" in round.traits:
         raise ValueError("split_clusters() multiplies a Round's model, but this Round has several already")
-    if "remembering" in round.traits:
-        raise ValueError(
-            "split_clusters() takes clients to another model, but this Round corrects them by what it remembers of one "
-            "(control variates, dual variables): put it over a Round without"
-        )
+    memories.of_one_model(round, "split_clusters() takes clients to another model")
     if "encoded" in round.traits:
         raise ValueError("split_clusters() compares updates, and these are encoded: put uplink() after it")
     if round.aggregate.reduce is not None:

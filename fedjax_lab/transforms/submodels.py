@@ -55,7 +55,9 @@ def federated_dropout(rate: Any, units: Rule | None = None) -> Transform:
 
     Uploads of the same rate are as short as the part, so that :func:`fedjax_lab.uplink` and
     ``downlink(..., deltas=False)`` compress them further, as the paper does; error feedback, which would add to one
-    unit what it remembers of another, doesn't make sense there and is refused. In a simulation a client's part
+    unit what it remembers of another, doesn't make sense there and is refused. So are transforms behind it that keep a
+    model for each client (Ditto, APFL, coupling); those that train another objective, or make a client's model when it
+    is used (Per-FedAvg, fine-tuning), are not, and start there from the whole model. In a simulation a client's part
     is computed as a whole model with zeros in it: it saves bytes, not time.
 
     Args:
@@ -103,7 +105,7 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
     most = float(rate) if single else float(np.max(rate)) if table and not isinstance(rate, Tracer) else 1.0
 
     def transform(round: Round) -> Round:
-        _check_round(round, who)
+        _check_round(round, who, random)
         if single and rate == 1:
             return round
         model, view = round.model, round.view
@@ -131,6 +133,8 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
             _check_population(rate, client)
             inner = round.broadcast(server, state, client, key)
             units = units_of(model.get(server), client)
+            if random and client.for_use:  # units are left out in training only
+                return Part(inner, (), (), units, 1.0)
             seed = jax.random.bits(jax.random.fold_in(key, 0xD0), dtype=jnp.uint32) if random else ()
             own = () if single else jax.lax.bitcast_convert_type(jnp.float32(of(client, rate)), jnp.uint32)
             part = Part((), seed, own, units, most)
@@ -264,15 +268,23 @@ def _check_population(rate: Any, client: ClientData) -> None:
         raise ValueError(f"rates of {np.shape(rate)[0]} clients were given for a population of {population}")
 
 
-def _check_round(round: Round, who: str) -> None:
+def _check_round(round: Round, who: str, random: bool) -> None:
     if round.model is None or round.view is None or round.loss is None:
         raise ValueError(f"{who} sends parts of a model, but this Round trains none")
     if {"encoded", "summed"} & round.traits:
         raise ValueError(f"{who} cuts uploads to size, but this Round's are encoded already: put fl.uplink behind it")
-    if {"sub_models", "pruned", "partial", "many_models"} & round.traits:
-        raise ValueError(f"{who} needs a Round whose clients train one whole model, which this Round's don't")
+    if {"sub_models", "pruned", "split"} & round.traits:
+        raise ValueError(
+            f"{who} needs a Round that sends one whole model, but this one sends a part of it (federated dropout, "
+            "width slices, pruning, private leaves), which don't go together"
+        )
+    if {"partial", "many_models"} & round.traits:
+        raise ValueError(f"{who} comes before transforms that multiply the model: put it first")
     if "personal" in round.traits:
-        raise ValueError(f"{who} comes before transforms that give clients models of their own: put it first")
+        more = "; those that keep one from round to round (Ditto, APFL, coupling) go with width_slices() only"
+        raise ValueError(
+            f"{who} comes before transforms that give clients models of their own: put it first{more if random else ''}"
+        )
     if "moves_alone" in round.traits:
         raise ValueError(f"{who} comes before rules by which clients keep their uploads to themselves: put it first")
     if round.aggregate.reduce is not None:

@@ -79,7 +79,7 @@ def of(client: ClientData, value: Any) -> Any:
 def _check(value: Any, name: str, least: str) -> None:
     if isinstance(value, str | Tracer):
         return
-    values = np.asarray(value)
+    values = np.asarray(value)  # jax.numpy's has no value in a sweep, whatever is swept
     good = values.ndim <= 1 and values.size > 0 and values.dtype.kind in "iuf" and np.isfinite(values).all()
     if not good or not ((values > 0) if least == "positive" else (values >= 0)).all():
         raise ValueError(

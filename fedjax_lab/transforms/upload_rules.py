@@ -109,10 +109,11 @@ class Moves(NamedTuple):
 
 def _weights(xi: Any, memory: int) -> jax.Array:
     checks.positive(memory, "memory", integer=True)
-    values = jnp.asarray(xi, jnp.float32)
+    # In NumPy unless it has no value yet: in a sweep over something else jax.numpy's constants have none either.
+    values = jnp.asarray(xi, jnp.float32) if isinstance(xi, Tracer) else np.asarray(xi, np.float32)
     if values.ndim > 1 or (values.ndim == 1 and values.shape[0] != memory):
         raise ValueError(f"xi must be a number or memory={memory} of them; got shape {values.shape}")
-    if not isinstance(xi, Tracer) and not (np.isfinite(values) & (np.asarray(values) >= 0)).all():
+    if isinstance(values, np.ndarray) and not (np.isfinite(values) & (values >= 0)).all():
         raise ValueError(f"xi must be at least 0, the threshold of each past move; got {checks.shown(xi)}")
     return jnp.broadcast_to(values, (memory,))
 

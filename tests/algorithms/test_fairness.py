@@ -68,6 +68,16 @@ def test_afl_finds_the_centre_of_the_worst_clients():
     assert fl.total_bytes(metrics["downlink_bytes"]) == 3 * (2 * 4 + 4)
 
 
+def test_afl_lets_in_who_began_outside_the_mixture():
+    data, given = points([0, 0], [4, 2], [1, 1]), np.array([1, 0, 1], np.float32)
+    algorithm = afl(squared_distance(2), optax.sgd(0.02), lam_learning_rate=0.01, weighting=given, steps=1)
+    process = fl.synchronous(algorithm, data)
+    state, metrics = steps(process, 1)
+    assert int(metrics["survivors"]) == 3
+    # Losses at (0, 0) are 0, 10 and 1.
+    np.testing.assert_allclose(process.server(state).lam, project(np.array([0.5, 0.1, 0.5 + 0.01])), atol=1e-6)
+
+
 # ---- q-FFL ----
 
 

@@ -84,9 +84,9 @@ def cells() -> Iterator[tuple[str, str]]:
 
 
 def model_of(inner: str, outer: str) -> fl.Model:
-    """The shared network as the two want it."""
+    """The shared network as the two want it; a mixture's components go around all other changes."""
     model = NETWORK
-    for name in (inner, outer):
+    for name in sorted((inner, outer), key=lambda name: name == "mixture"):
         model = TRANSFORMS[name].model(model) if name in TRANSFORMS else model
     return model
 

@@ -12,7 +12,7 @@ from algorithms.hypcluster import hypcluster
 from algorithms.ifca import ifca
 from algorithms.local_only import local_only
 from fedjax_lab import wire
-from fedjax_lab.transforms import clusters, leaves, personal_model, private, split_clusters
+from fedjax_lab.transforms import clusters, lag_ps, lag_wk, leaves, personal_model, private, split_clusters
 from fedjax_lab.transforms.clusters import Chosen
 from tests.algorithms.quadratics import DIM, MODEL, quadratics
 from tests.problems import softmax_data, softmax_model, steps
@@ -163,8 +163,10 @@ BASE = fedavg(SOFTMAX, optax.sgd(0.1))
         (lambda: fl.synchronous(fl.compose(BASE, clusters(5)), softmax_data(), fl.uniform(4)), "5 clusters are more"),
         (
             lambda: fl.synchronous(fl.compose(BASE, fl.downlink(wire.qsgd(8)), clusters(2)), softmax_data()),
-            r"put downlink\(\) after clusters\(\)",
+            r"put fl.downlink behind clusters\(\)",
         ),
+        (lambda: fl.compose(BASE, lag_wk(0.1), clusters(2)), 'instead="nothing"'),
+        (lambda: fl.compose(BASE, lag_ps(30.0, 0.1, instead="nothing"), clusters(2)), "leave the others out"),
         (lambda: fl.compose(BASE, clusters(2)).init(jax.random.key(0), softmax_data(), {"w": 0, "b": 0}), "axis of 2"),
     ],
 )

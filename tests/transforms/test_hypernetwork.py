@@ -140,7 +140,7 @@ WRONG = Hypernetwork(lambda key, embedding, params: jnp.ones((7, len(embedding))
         (lambda: hypernetwork(server_optimizer=0.1), "server_optimizer must come from optax"),
         (lambda: perceptron((0,)), "hidden must"),
         (lambda: fl.compose(local_only(MODEL, optax.sgd(0.1)), hypernetwork()), "this Round sends none"),
-        (lambda: fl.compose(BASE, hypernetwork(), hypernetwork()), "this Round sends several"),
+        (lambda: fl.compose(BASE, hypernetwork(), hypernetwork()), "has several already"),
         (lambda: fl.synchronous(fl.compose(BASE, hypernetwork(WRONG)), softmax_data((5, 4))), "one vector of 15"),
         (
             lambda: fl.synchronous(fl.compose(mime_lite(MODEL, optax.sgd(0.1)), hypernetwork()), softmax_data((5, 4))),

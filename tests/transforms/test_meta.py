@@ -130,6 +130,12 @@ def test_support_batches_are_drawn_anew_and_an_ample_one_is_the_whole_support():
     assert np.abs(final(1)["w"] - final(None)["w"]).max() > 1e-3
 
 
+def test_a_share_of_numpys_is_one_too():
+    data = softmax_data((7, 4))
+    for share in (0.25, np.float32(0.25)):
+        fl.synchronous(fl.compose(fedavg(softmax_model(), optax.sgd(0.1)), per_fedavg(0.1, support=share)), data)
+
+
 def test_reptile_goes_a_part_of_the_way():
     data = softmax_data()
     inner = fedavg(MODEL, optax.sgd(0.1), epochs=1)

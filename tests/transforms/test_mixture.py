@@ -90,6 +90,13 @@ def test_one_component_is_fedavg():
     assert final["fedem"][1] == pytest.approx(final["fedavg"][1], rel=1e-5)
 
 
+def test_components_may_begin_where_one_says():
+    given = jax.tree.map(lambda x: jnp.stack([x, x + 1]), MODEL.init(jax.random.key(3))[0])
+    process = fl.synchronous(fedem(MODEL, optax.sgd(0.1), M=2), softmax_data((7, 4, 9)))
+    state = process.init(jax.random.key(0), fl.transforms.Components(given))
+    assert_close(process.params(state).each, given)
+
+
 def regressions(clients=12, rows=80, noise=0.3):
     """Rows of two linear regressions, in proportions of each client's own."""
     rng = np.random.default_rng(0)

@@ -153,7 +153,7 @@ def test_a_predicate_chooses_the_kernels():
         ),
         (lambda: fl.compose(local_only(MODEL, optax.sgd(0.1)), pruning(0.5)), "sends none"),
         (lambda: fl.compose(BASE, fl.uplink(fl.wire.qsgd(8)), pruning(0.5)), "put fl.uplink behind it"),
-        (lambda: fl.compose(BASE, private(leaves("*/bias")), pruning(0.5)), "put it before"),
+        (lambda: fl.compose(BASE, private(leaves("*/bias")), pruning(0.5)), "don.t go together"),
         (lambda: fl.compose(BASE, pruning(0.5), private(leaves("*/bias"))), "don't go together"),
         (lambda: fl.compose(BASE, pruning(0.5), control_variates(learning_rate=0.1)), "put it first"),
     ],

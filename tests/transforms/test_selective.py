@@ -229,3 +229,11 @@ def test_refusals_when_the_process_is_built():
         fl.synchronous(fl.compose(scaffold(MODEL, SGD), lag_wk()), data)
     with pytest.raises(ValueError, match="did you mean 'accuracy'"):
         fl.synchronous(fl.compose(fedavg(MODEL, SGD), local_accuracy(0.5, metric="acuracy")), data)
+
+
+def test_what_is_not_swept_is_checked_within_a_sweep_too():
+    """There jax.numpy's constants have no values, whatever it is that is swept."""
+    build = lambda xi: lambda rate: [lag_wk(xi), lag_ps(1.0, rate, xi), rate][-1]
+    jax.eval_shape(build(0.1), 0.1)
+    with pytest.raises(ValueError, match="xi must be at least 0"):
+        jax.eval_shape(build(-0.1), 0.1)

@@ -18,10 +18,13 @@ from algorithms.local_only import local_only
 from algorithms.scaffold import scaffold
 from fedjax_lab.models.base import Variables
 from fedjax_lab.transforms import (
+    apfl,
     control_variates,
+    coupling,
     federated_dropout,
     fine_tuning,
     hidden_units,
+    lag_wk,
     leaves,
     personal_model,
     private,
@@ -282,9 +285,13 @@ LATE = fl.compose(BASE, width_slices(0.5))
         (lambda: fl.compose(BASE, private(leaves("*/bias")), width_slices(0.5)), "one whole model"),
         (lambda: fl.compose(LATE, private(leaves("*/bias"))), "don't go together"),
         (lambda: fl.compose(BASE, personal_model(0.1), width_slices(0.5)), "put it first"),
-        (lambda: fl.compose(LATE, control_variates(learning_rate=0.1)), "put it first"),
+        (lambda: fl.compose(LATE, control_variates(learning_rate=0.1)), "don't go together"),
         (lambda: fl.synchronous(fl.compose(scaffold(MODEL, optax.sgd(0.1)), width_slices(0.5)), DATA), "one change"),
-        (lambda: fl.compose(BASE, federated_dropout(0.5), fine_tuning()), "put that behind it"),
+        (lambda: fl.compose(BASE, fine_tuning(), federated_dropout(0.5)), "Ditto, .* go with width_slices"),
+        (lambda: fl.compose(BASE, federated_dropout(0.5), personal_model(0.1)), "take width_slices"),
+        (lambda: fl.compose(BASE, federated_dropout(0.5), apfl()), "take width_slices"),
+        (lambda: fl.compose(BASE, federated_dropout(0.5), coupling(0.1)), "take width_slices"),
+        (lambda: fl.compose(BASE, federated_dropout(0.5), lag_wk(instead="nothing")), "take width_slices"),
         (
             lambda: fl.compose(BASE, federated_dropout(0.5), fl.uplink(fl.wire.error_feedback(fl.wire.top_k(0.1)))),
             "remembers entries",

@@ -69,3 +69,9 @@ def test_rates_that_make_no_sense():
     raises(lambda: fl.transfers(up=float("nan")), "up")
     build = lambda: fl.synchronous(fl.compose(BASE, fl.transfers(up="bandwith")), softmax_data())
     raises(build, "no attribute 'bandwith'")
+
+
+def test_rates_are_checked_within_a_sweep_over_something_else_too():
+    build = lambda up: lambda swept: [fl.transfers(up=up, latency=0.1), swept][1]
+    jax.eval_shape(build([1e6, 2e6]), 0.1)
+    raises(lambda: jax.eval_shape(build(0.0), 0.1), "up", "positive")
