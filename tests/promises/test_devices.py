@@ -44,6 +44,12 @@ def test_devices_agree(results, case):
     assert {devices for name, devices in results if name == "fedavg"} == {2, 4, 8}
 
 
+@pytest.mark.parametrize("case", ["slopes", "large_slopes"])
+def test_gradients_go_through_rounds_over_devices(results, case):
+    one, reverse, forward = results[case, 4]["slopes"]
+    np.testing.assert_allclose([reverse, forward], one, rtol=1e-5)
+
+
 def test_a_second_axis_may_share_the_model_out(results):
     assert results["model_axis", 4]["apart"] < 1e-6
 
