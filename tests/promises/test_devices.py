@@ -101,6 +101,12 @@ def test_bad_meshes_are_refused():
     refused(lambda: fl.devices.use_cores(3), "before anything else of JAX", error=RuntimeError)
 
 
+def test_lanes_may_be_an_arrays_number():
+    algorithm = fedavg(softmax_model(), optax.sgd(0.1))
+    a, b = (fl.synchronous(algorithm, DATA, lanes=n) for n in (4, jax.numpy.int32(4)))
+    assert_close(a.params(a.step(a.init(0), a.data)[0]), b.params(b.step(b.init(0), b.data)[0]))
+
+
 def test_what_a_cohort_cannot_fill_is_refused():
     algorithm = fedavg(softmax_model(), optax.sgd(0.1))
     refused(lambda: fl.synchronous(algorithm, DATA, fl.uniform(4), lanes=5), "lanes=5", "4 clients", "lanes=4")
