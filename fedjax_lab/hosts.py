@@ -36,7 +36,7 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
         MPI, Cloud TPU, Kubernetes).
 
     Raises:
-      ValueError: some but not all of them, or a process index that can't be.
+      ValueError: some but not all of them, or a process index that can't be; none, outside of a cluster.
       RuntimeError: JAX runs already, or the others don't answer.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -54,6 +54,11 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=PATIENCE)
     except (RuntimeError, ValueError) as error:
+        if coordinator is None and "coordinator_address" in str(error):
+            raise ValueError(
+                "no cluster's environment was found (Slurm, Open MPI, Cloud TPU, Kubernetes) that says how many "
+                "processes there are: give coordinator, num_processes and process_id"
+            ) from None
         raise RuntimeError(
             f"the processes could not be joined ({error}). Call this before anything else of JAX runs, in every one of "
             f"the {num_processes or ''} processes, with the same coordinator"

@@ -94,3 +94,10 @@ def test_a_lost_process_is_named_and_the_run_resumes(tmp_path):
 )
 def test_processes_that_cannot_be_joined_are_refused_without_waiting(given, words):
     refused(lambda: fl.hosts.connect(*given), *words)
+
+
+def test_outside_of_a_cluster_one_must_say_who_there_is():
+    call = [sys.executable, "-c", "import fedjax_lab as fl; fl.hosts.connect()"]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment(1), check=False, timeout=100)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: no cluster's environment was found") and "give coordinator" in last
