@@ -118,6 +118,7 @@ def trace(make_process: MakeProcess, cells: Cells, reference: Process, params: P
     except Exception as error:
         if not names:
             raise
+        _trace(lambda values: reference, reference, (), params)  # what fails without traced values says why itself
         first = {name: values[0] for name, values in cells.grids.items()}
         raise _explained(error, make_process, first, reference, params) from error
 

@@ -19,6 +19,7 @@ from fedjax_lab.abreast import in_shared_lanes
 from fedjax_lab.data import FederatedData
 from fedjax_lab.devices import AXIS
 from fedjax_lab.lanes import Plan, choose, plan, plan_own, side_by_side
+from fedjax_lab.loops import at_most
 from fedjax_lab.program import Program, trace
 from fedjax_lab.round import Env, Round
 from fedjax_lab.sharding import clients_each
@@ -279,7 +280,7 @@ def _own_chunks(run: Callable, facts: tuple, states: PyTree, known: jax.Array, m
         keep = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), chunk * lanes, 0)
         return jax.tree.map(jnp.add, sums, new), turns, jax.tree.map(keep, states, out.state)
 
-    sums, turns, states = jax.lax.fori_loop(0, jnp.sum(mine), step, (sums, turns, states))
+    sums, turns, states = at_most(len(mine), jnp.sum(mine), step, (sums, turns, states))
     by_lane = lambda x: x.reshape(len(mine), lanes, *x.shape[1:])
     return sums, turns._replace(state=jax.tree.map(by_lane, states))
 

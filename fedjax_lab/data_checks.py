@@ -40,7 +40,10 @@ _ENCODE = "; arrays must be numeric or boolean: encode text as numbers, and fill
 
 
 def not_numeric(leaf: np.ndarray) -> bool:
-    return leaf.dtype == object or leaf.dtype.kind in "USMmV"
+    """Is it of no type that JAX computes in? Some are that NumPy doesn't know, such as bfloat16."""
+    if leaf.dtype.kind in "OUSMm":
+        return True
+    return leaf.dtype.kind == "V" and not jax.numpy.issubdtype(leaf.dtype, np.number)
 
 
 def client_rows(client: Hashable, tree: Any) -> int:
@@ -134,7 +137,7 @@ def device_dtype(leaf: np.ndarray, name: str) -> np.ndarray:
 def finite(data: Any) -> None:
     """Raise for the first NaN or infinite value of a FederatedData, with its field, client and row."""
     for name, leaf in checks.named_leaves(data.arrays):
-        if not np.issubdtype(leaf.dtype, np.inexact) or np.isfinite(np.sum(leaf)):
+        if not jax.numpy.issubdtype(leaf.dtype, np.inexact) or np.isfinite(np.sum(leaf)):
             continue
         bad = ~np.isfinite(leaf).reshape(len(leaf), -1).all(1)
         if bad.any():

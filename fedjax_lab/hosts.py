@@ -36,7 +36,7 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
         MPI, Cloud TPU, Kubernetes).
 
     Raises:
-      ValueError: some but not all of them, or a process index that can't be.
+      ValueError: some but not all of them, or a process index that can't be; none, outside of a cluster.
       RuntimeError: JAX runs already, or the others don't answer.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -44,14 +44,21 @@ def connect(coordinator: str | None = None, num_processes: int | None = None, pr
     if missing and len(missing) < len(given):
         raise ValueError(f"several processes need all of {', '.join(given)}; {', '.join(missing)} is missing")
     if coordinator is not None:
-        if ":" not in coordinator:
+        host, _, port = coordinator.rpartition(":") if isinstance(coordinator, str) else ("", "", "")
+        if not host or not (port.isdecimal() and 0 < int(port) < 2**16):
             raise ValueError(f"coordinator must be host:port; got {coordinator!r}")
         checks.positive(num_processes, "num_processes", integer=True)
-        if not 0 <= int(process_id or 0) < int(num_processes or 0):
-            raise ValueError(f"process_id must lie in 0..{int(num_processes or 0) - 1}; got {process_id}")
+        count = int(num_processes or 0)
+        if not 0 <= checks.integer(process_id, "process_id", 0) < count:
+            raise ValueError(f"process_id must lie in 0..{count - 1}; got {process_id}")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=PATIENCE)
     except (RuntimeError, ValueError) as error:
+        if coordinator is None and "coordinator_address" in str(error):
+            raise ValueError(
+                "no cluster's environment was found (Slurm, Open MPI, Cloud TPU, Kubernetes) that says how many "
+                "processes there are: give coordinator, num_processes and process_id"
+            ) from None
         raise RuntimeError(
             f"the processes could not be joined ({error}). Call this before anything else of JAX runs, in every one of "
             f"the {num_processes or ''} processes, with the same coordinator"

@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fedjax_lab.checks import shown
 from fedjax_lab.data import FederatedData
 from fedjax_lab.models.base import Variables
 from fedjax_lab.round import Round
@@ -67,4 +68,9 @@ def typed_key(key: Any) -> jax.Array:
     kind = getattr(key, "dtype", None)
     if kind is not None and jax.numpy.issubdtype(kind, jax.dtypes.prng_key):
         return key
-    return jax.random.wrap_key_data(key) if kind is not None and key.ndim else jax.random.key(key)
+    if kind is not None and key.ndim:
+        return jax.random.wrap_key_data(key)
+    whole = isinstance(key, int) if kind is None else jax.numpy.issubdtype(kind, jax.numpy.integer)
+    if not whole or isinstance(key, bool):
+        raise TypeError(f"a process begins from a PRNG key, jax.random.key(0), or an integer seed; got {shown(key)}")
+    return jax.random.key(key)

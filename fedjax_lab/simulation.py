@@ -86,6 +86,7 @@ def synchronous(
     if mesh is not None:
         count = mesh.shape[devices.AXIS]
     cohort = check_room(sampler, data, lanes, count)
+    lanes = None if lanes is None else int(lanes)  # an array of one would become a traced value in the step
     clients = jax.eval_shape(lambda server, data: empty_states(round, server, data), server, data)
     if not hosts.several():
         shared = jax.local_devices()[0].platform == "cpu"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_lab.data import FederatedData
+from fedjax_lab.loops import at_most
 from fedjax_lab.round import Round
 
 PyTree = Any
@@ -79,7 +80,7 @@ def gather(
         row = exchange(jax.tree.map(lambda t: _row(t, seats[i], here[i]), held), axis)
         return jax.tree.map(lambda x, new: _put(x, i, new, mine[i]), found, row)
 
-    return jax.lax.fori_loop(0, count, send, found)
+    return at_most(len(ids), count, send, found)
 
 
 def scatter(
@@ -113,7 +114,7 @@ def scatter(
         row = exchange(jax.tree.map(lambda x: _row(x, i, ran), states), axis)
         return jax.tree.map(lambda t, new: _put(t, jnp.where(kept, seats[i], 0), new, kept), table, row)
 
-    return clients._replace(table=jax.lax.fori_loop(0, count, send, table), known=known)
+    return clients._replace(table=at_most(len(ids), count, send, table), known=known)
 
 
 def are_large(clients: ClientStates) -> bool:

@@ -86,6 +86,7 @@ def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, 
     sampler.init(host)
     jax.eval_shape(lambda key: round.init(key, host), jax.random.key(0))  # checks the data, computes nothing
     check_room(sampler, host, lanes, 1)
+    lanes = None if lanes is None else int(lanes)
 
     start, draw, compute = _programs(round, sampler, lanes, host.sizes)
     shapes = _Shapes(round, start, draw, compute, host)

@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -124,6 +125,8 @@ def test_data_on_a_device_are_a_copy_in_jaxs_types(dtype, rows):
             ["'sick'", "x", "row 1", "NaN"],
         ),
         (lambda: fl.FederatedData.from_clients(bad(x=np.array([[np.inf, 0]]))), ["'sick'", "row 0"]),
+        (lambda: fl.FederatedData.from_clients({"a": {"x": np.full(2, np.nan, jnp.bfloat16)}}), ["'a'", "NaN"]),
+        (lambda: fl.FederatedData.from_clients({"a": {"x": np.zeros(2, "m8[s]")}}), ["numeric"]),
         (lambda: fl.FederatedData.from_clients(bad(x=np.float32(1))), ["'sick'", "x", "scalar"]),
         (lambda: fl.FederatedData.from_clients([("a", {"x": np.zeros(1)})] * 2), ["'a'", "more than once"]),
         (lambda: fl.FederatedData.from_clients({"a": {"x": np.array(["text"])}}), ["numeric"]),

@@ -1,6 +1,7 @@
 """What sweep refuses, before anything is compiled, naming the grid and the value."""
 
 import functools
+import re
 
 import numpy as np
 import optax
@@ -47,6 +48,19 @@ def test_names_that_make_process_does_not_take():
     refused(lambda: fl.sweep(lambda: 3, 3, [0]), "make_process() must give a Process", "gives 3")
     algorithm = fedavg(softmax_model(), optax.sgd(0.1))
     refused(lambda: fl.sweep(lambda: algorithm, 3, [0]), "must give a Process", "fl.synchronous")
+
+
+def test_what_no_grid_is_to_blame_for_is_said_as_it_is(tmp_path):
+    stored = fl.FederatedData.open(softmax_data().save(tmp_path / "set"))
+    streamed = lambda learning_rate: fl.synchronous(fedavg(softmax_model(), optax.sgd(learning_rate)), stored)
+    sweep = functools.partial(fl.sweep, num_rounds=3, seeds=[0], learning_rate=[0.1, 0.2])
+    for call, word in [
+        (lambda: sweep(streamed), "data.on_device()"),
+        (lambda: sweep(make, params={"w": np.zeros((4, 9)), "b": np.zeros(3)}), "params leaf w has shape (4, 9)"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(word)) as caught:
+            call()
+        assert "can't be swept" not in str(caught.value)
 
 
 def test_a_value_that_is_refused_is_named():

@@ -106,7 +106,9 @@ def without_data():
 def test_python_says_it_where_an_argument_is_missing():
     refused(without_data, "data", error=TypeError)
     refused(lambda: fedavg(MODEL, SGD, epoch=1), "'epoch'", error=TypeError)
-    refused(lambda: fl.synchronous(ROUND, DATA).init("seed"), "seed", error=TypeError)
+    for key in ("seed", None, 1.5, True):
+        init = fl.synchronous(ROUND, DATA).init
+        refused(lambda init=init, key=key: init(key), "integer seed", f"got {key!r}", error=TypeError)
 
 
 # ---- models ----

@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from experiments.benchmarks import devices, growth, limit, links, memory, startup, transforms
+from experiments.benchmarks import devices, growth, limit, links, memory, pairs, startup, transforms
 from experiments.benchmarks.peers import command as peers
 from experiments.benchmarks.workloads import UnknownWorkload
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
             description="Measure how fast a round is.",
             args=arguments,
         )
-    except (UnknownWorkload, peers.UnknownPeer, growth.UnknownPart) as error:
+    except (UnknownWorkload, peers.UnknownPeer, growth.UnknownPart, pairs.NoFile) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (peers.Failed, devices.Disagree, limit.DifferentSteps) as error:

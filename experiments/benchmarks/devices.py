@@ -51,7 +51,7 @@ def main(
     engine.use_all_cores()
     there = len(jax.devices())
     counts = sorted({count for count in (2, 4, 8, 16, there) if 1 < count <= there})
-    pairs.begin()
+    pairs.begin(json)
     if not counts:
         print("there is one device only: nothing to compare", flush=True)
     results = []

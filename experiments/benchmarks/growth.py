@@ -10,28 +10,30 @@ import optax
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from experiments.benchmarks import engine, handwritten, limit, pairs
-from experiments.benchmarks.workloads import W1, Workload
+from experiments.benchmarks.workloads import W1, Workload, chosen
 
 
 class UnknownPart(ValueError):
     """A name that isn't one of :data:`PARTS`."""
 
 
-def cohort(quick: bool) -> list[pairs.Measured]:
-    """Time per SGD step of W1 in cohorts of other sizes, against a cohort of 10."""
-    data, out = W1.data(), []
+def cohort(quick: bool, work: Workload = W1) -> list[pairs.Measured]:
+    """Time per SGD step in cohorts of other sizes, as many as the population has, against a cohort of 10."""
+    data, out = work.data(), []
 
     def one(size):
         ids = np.random.default_rng(size).choice(data.num_clients, size, replace=False)
         # One client can't be shared out: it has a device to itself.
-        process = engine.process(W1.algorithm(), data, fl.fixed(ids), devices=min(size, len(jax.devices())))
-        return engine.rounds(process, process.init(jax.random.key(0))), W1.steps(np.asarray(data.sizes)[ids])
+        process = engine.process(work.algorithm(), data, fl.fixed(ids), devices=min(size, len(jax.devices())))
+        return engine.rounds(process, process.init(jax.random.key(0))), work.steps(np.asarray(data.sizes)[ids])
 
     base, base_steps = one(10)
     for size in (1, 100) if quick else (1, 30, 100, 300, 1000):
+        if size > data.num_clients:
+            continue
         call, steps = one(size)
         times = pairs.scaled(pairs.paired(call, base, 3 if quick else 9), 1e6 / steps, 1e6 / base_steps)
-        out.append(pairs.show(pairs.summary("w1", size, "cohort 10", times, "us per step")))
+        out.append(pairs.show(pairs.summary(work.name, size, "cohort 10", times, "us per step")))
     return out
 
 
@@ -119,20 +121,20 @@ def width(quick: bool) -> list[pairs.Measured]:
 # ---- seeds ----
 
 
-def seeds(quick: bool) -> list[pairs.Measured]:
-    """Eight runs of W1 that differ in their seed, as one program, against a single run; with and without compiling.
+def seeds(quick: bool, work: Workload = W1) -> list[pairs.Measured]:
+    """Eight runs that differ in their seed, as one program, against a single run; with and without compiling.
 
     A run's first dispatch compiles and isn't in its ``seconds``, and a sweep has its own fixed costs; the difference
     between a long and a short run leaves the rounds.
     """
-    data, short = W1.data(), 25 if quick else 200
+    data, short = work.data(), 25 if quick else 200
 
     def single(rounds: int) -> fl.Result:
-        process = engine.process(W1.algorithm(), data, fl.uniform(10))
+        process = engine.process(work.algorithm(), data, fl.uniform(10))
         return fl.run(process, rounds, every=short, progress=False)
 
     def many(rounds: int) -> fl.SweepResult:
-        make = lambda: fl.synchronous(W1.algorithm(), data, fl.uniform(10))
+        make = lambda: fl.synchronous(work.algorithm(), data, fl.uniform(10))
         return fl.sweep(make, rounds, range(8), every=short, progress=False)
 
     whole, rest = [], []
@@ -147,19 +149,26 @@ def seeds(quick: bool) -> list[pairs.Measured]:
         rest.append(pairs.alternating(run, measure))
         whole.append(rest[-1]._replace(ours=compiling[0], theirs=compiling[1]))
     return [
-        pairs.show(pairs.summary("w1, 8 seeds", 10, "1 run", rest, f"s/{2 * short} rounds")),
-        pairs.show(pairs.summary("w1, 8 seeds", 10, "1 run", whole, f"s for {3 * short}")),
+        pairs.show(pairs.summary(f"{work.name}, 8 seeds", 10, "1 run", rest, f"s/{2 * short} rounds")),
+        pairs.show(pairs.summary(f"{work.name}, 8 seeds", 10, "1 run", whole, f"s for {3 * short}")),
     ]
 
 
 PARTS = {"cohort": cohort, "population": population, "width": width, "seeds": seeds}
+OF_WORKLOADS = ("cohort", "seeds")  # the others have data and models of their own
 
 
-def main(parts: str = "cohort,population,width,seeds", quick: bool = False, json: pathlib.Path | None = None) -> None:
+def main(
+    parts: str = "cohort,population,width,seeds",
+    workloads: str = "w1",
+    quick: bool = False,
+    json: pathlib.Path | None = None,
+) -> None:
     """Time rounds as the cohort, the population, the model and the number of seeds grow.
 
     Args:
       parts: which of them, separated by commas.
+      workloads: which of w1, w2, w3 and w4, separated by commas: for the cohort and the seeds.
       quick: fewer sizes and pairs of timings.
       json: a file to write the figures to; a picture and all timings go beside it.
     """
@@ -168,8 +177,10 @@ def main(parts: str = "cohort,population,width,seeds", quick: bool = False, json
         if word not in PARTS:
             near = fl.checks.nearest(word, PARTS)
             raise UnknownPart(f"growth has no part {word!r}{near} (there are: {', '.join(PARTS)})")
+    works = chosen(workloads)
     engine.use_all_cores()
-    pairs.begin()
-    results = [measured for word in words for measured in PARTS[word](quick)]
+    pairs.begin(json)
+    of = lambda word: [(quick, work) for work in works] if word in OF_WORKLOADS else [(quick,)]
+    results = [measured for word in words for given in of(word) for measured in PARTS[word](*given)]
     if json is not None and results:
         pairs.write(results, json, "What a round costs as things grow")

@@ -140,7 +140,7 @@ def main(
     """
     works = chosen(workloads)
     engine.use_all_cores()
-    pairs.begin()
+    pairs.begin(json)
     results = []
     for work in works:
         data = work.data()

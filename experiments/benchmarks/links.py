@@ -114,7 +114,7 @@ def main(
     """
     there = environments.environment(environments.PEERS["pfl"], cache or environments.default_folder(), python)
     vector = np.random.default_rng(0).standard_normal(size, np.float32)
-    pairs.begin()
+    pairs.begin(json)
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "vector.npy"
         np.save(file, vector)

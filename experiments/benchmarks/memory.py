@@ -1,5 +1,6 @@
 """``memory``: the peak of a process that runs rounds, each in a fresh process."""
 
+import functools
 import pathlib
 import resource
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 
 import fedjax_lab as fl
 from experiments.benchmarks import engine, fresh, growth, pairs
+from experiments.benchmarks.workloads import chosen
 
 MIB = 1024 * 1024
 HERE = "experiments.benchmarks.memory"
@@ -31,9 +33,16 @@ def _rounds(process: fl.Process, state, count: int) -> None:
         jax.block_until_ready(call())
 
 
-def cohort_peak(began: float, cohort: int, width: int, rounds: int = 2) -> dict[str, float]:
-    """Rounds of ``cohort`` out of 1,000 clients of 10 examples, on a perceptron of ``width`` units twice."""
-    work = growth.wide(width)._replace(sizes=lambda rng: np.full(1000, 10))
+def cohort_peak(
+    began: float, cohort: int, width: int, rounds: int = 2, workload: str | None = None
+) -> dict[str, float]:
+    """Rounds of ``cohort`` out of 1,000 clients of 10 examples, on a perceptron of ``width`` units twice.
+
+    With ``workload``, on its model instead.
+    """
+    work = (growth.wide(width) if workload is None else chosen(workload)[0])._replace(
+        sizes=lambda rng: np.full(1000, 10)
+    )
     engine.use_all_cores()
     process = engine.process(work.algorithm(), work.data(), fl.uniform(cohort))
     state = process.init(jax.random.key(0))
@@ -55,20 +64,23 @@ def population_peak(began: float, clients: int, cohort: int, rounds: int = 2) ->
     return {"before": before, "peak": peak(), "needed": float(needed)}
 
 
-def main(quick: bool = False, json: pathlib.Path | None = None) -> None:
+def main(workloads: str = "", quick: bool = False, json: pathlib.Path | None = None) -> None:
     """Measure peak memory, as cohorts and populations grow.
 
     Args:
+      workloads: which of w1, w2, w3 and w4, separated by commas, whose models cohorts are measured on as well, besides
+        a perceptron's.
       quick: cohorts of 100 and populations of 100,000, once; instead of 1,000 and 1,000,000, three times.
       json: a file to write the figures to; a picture and all measurements go beside it.
     """
+    works = chosen(workloads) if workloads else []
     engine.use_all_cores()
-    pairs.begin()
+    pairs.begin(json)
     runs, large, many = (1, 100, 100_000) if quick else (3, 1000, 1_000_000)
     results, told = [], []
 
-    def by_cohort(side: int) -> float:
-        told.append(fresh.call(HERE, "cohort_peak", {"cohort": (large, 10)[side], "width": 512}))
+    def by_cohort(side: int, **what) -> float:
+        told.append(fresh.call(HERE, "cohort_peak", {"cohort": (large, 10)[side], "width": 512, **what}))
         return told[-1]["peak"]
 
     def by_population(side: int) -> float:
@@ -78,6 +90,10 @@ def main(quick: bool = False, json: pathlib.Path | None = None) -> None:
     measured = [pairs.alternating(run, by_cohort) for run in range(runs)]
     results.append(pairs.show(pairs.summary("mlp 512", large, "cohort 10", measured, "MiB peak")))
     print(f"  a model has {told[-1]['model']:.1f} MiB, {large} of them {large * told[-1]['model']:.0f} MiB", flush=True)
+    for work in works:
+        of_work = functools.partial(by_cohort, workload=work.name)
+        measured = [pairs.alternating(run, of_work) for run in range(runs)]
+        results.append(pairs.show(pairs.summary(work.name, large, "cohort 10", measured, "MiB peak")))
     told.clear()
     measured = [pairs.alternating(run, by_population) for run in range(runs)]
     name = f"{many:,} clients"

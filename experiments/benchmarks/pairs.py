@@ -131,8 +131,24 @@ def line(measured: Measured) -> str:
     )  # fmt: skip
 
 
-def begin() -> None:
-    """The lines above a table."""
+class NoFile(ValueError):
+    """A path that figures can't be written to."""
+
+
+def begin(file: pathlib.Path | None = None) -> None:
+    """The lines above a table, whose figures go to ``file`` in the end.
+
+    Raises:
+      NoFile: they can't; said before anything is measured.
+    """
+    if file is not None:
+        above = next(folder for folder in file.absolute().parents if folder.exists())
+        if file.is_dir() or not above.is_dir():
+            raise NoFile(
+                f"--json {file}: {file if file.is_dir() else above} is {'' if file.is_dir() else 'not '}a folder"
+            )
+        if not os.access(file if file.exists() else above, os.W_OK):
+            raise NoFile(f"--json {file}: {file if file.exists() else above} can't be written to")
     print(machine(), HEADER, sep="\n", flush=True)
 
 

@@ -63,7 +63,7 @@ def main(
     """
     works = chosen(workloads)
     engine.use_all_cores()
-    pairs.begin()
+    pairs.begin(json)
     results = []
     for work in works:
         size = min(work.cohorts) if cohort is None else cohort

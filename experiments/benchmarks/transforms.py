@@ -70,7 +70,7 @@ def main(
     if W1 in works:
         raise UnknownWorkload("w1 has a single layer, of which nothing could be private: choose among w2, w3, w4")
     engine.use_all_cores()
-    pairs.begin()
+    pairs.begin(json)
     results = []
     for work, data, ids in cohorts(works, cohort):
 

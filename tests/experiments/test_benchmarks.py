@@ -195,11 +195,29 @@ def test_unknown_names_are_named_with_the_nearest(capsys):
     for arguments, near in (
         (["limit", "--workloads", "w11"], "did you mean 'w1'"),
         (["growth", "--parts", "widht"], "did you mean 'width'"),
+        (["growth", "--workloads", "w11"], "did you mean 'w1'"),
+        (["memory", "--workloads", "w11"], "did you mean 'w1'"),
         (["peers", "--peers", "flwer"], "did you mean 'flower'"),
         (["peers", "--peers", ","], "at least one peer"),
     ):
         assert main(arguments) == 2
         assert near in capsys.readouterr().err
+
+
+def test_a_path_that_takes_no_figures_is_refused_before_they_are_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(fresh, "call", lambda *arguments: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "memory.json"):
+        assert main(["memory", "--quick", "--json", str(path)]) == 2
+        assert "a folder" in capsys.readouterr().err
+
+
+def test_growth_is_measured_on_any_workload(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setitem(growth.PARTS, "cohort", lambda quick, work: asked.append(work.name) or [])
+    monkeypatch.setitem(growth.PARTS, "width", lambda quick: asked.append("width") or [])
+    assert main(["growth", "--parts", "cohort,width", "--workloads", "w1,tiny"]) == 0
+    assert asked == ["w1", "tiny", "width"]
 
 
 def test_devices_that_disagree_are_not_timed(data, monkeypatch):
@@ -250,8 +268,9 @@ def test_memory_by_hand(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fresh, "call", call)
     file = tmp_path / "memory.json"
-    assert main(["memory", "--quick", "--json", str(file)]) == 0
+    assert main(["memory", "--workloads", "w2", "--quick", "--json", str(file)]) == 0
     rows = [pairs.Row(**row) for row in json.loads(file.read_text())]
+    assert rows.pop(1) == pairs.Row("w2", 100, "cohort 10", 1.0, 200.0, 200.0, "MiB peak", 1)
     assert rows[0] == pairs.Row("mlp 512", 100, "cohort 10", 1.0, 200.0, 200.0, "MiB peak", 1)
     assert rows[1] == pairs.Row("100,000 clients", 100, "10,000 clients", 2.0, 400.0, 200.0, "MiB peak", 1)
     assert rows[2] == pairs.Row("100,000 clients", 100, "data and states", 6.0, 300.0, 50.0, "MiB", 1)

@@ -71,6 +71,25 @@ def model_axis() -> float:
     return difference(one.params(one.step(one.init(0), data)[0]), many.params(many.step(state, many.data)[0]))
 
 
+def slopes(data) -> list[float]:
+    """The gradient through two rounds of Ditto by the learning rate: one device, four, and four by forward mode."""
+
+    def objective(rate, mesh):
+        plain = fedavg(MODEL, optax.sgd(rate), steps=2, batch_size=5, static=True)
+        process = fl.synchronous(
+            fl.compose(plain, fl.transforms.personal_model(lam=0.3)), data, fl.uniform(7), mesh=mesh
+        )
+        state = process.init(jax.random.key(0))
+        for _ in range(2):
+            state, _ = process.step(state, process.data)
+        kept = jax.tree.leaves((process.params(state), process.clients(state).table))
+        return sum(jax.numpy.sum(x**2) for x in kept)
+
+    four = fl.devices.mesh(4)
+    found = (jax.grad(objective), None), (jax.grad(objective), four), (jax.jacfwd(objective), four)
+    return [float(jax.jit(slope, static_argnums=1)(0.1, mesh)) for slope, mesh in found]
+
+
 def copies() -> int:
     """In how many places a CPU's devices have a data set; the caller's own counts as well."""
     x = np.zeros((1000, 2), np.float32)
@@ -88,6 +107,8 @@ if __name__ == "__main__":
     for name, round in cases():
         for count in (2, 4, 8) if name == "fedavg" else (4,):
             print(json.dumps({"case": name, "devices": count, **compare(round, data, count, rounds)}), flush=True)
+    print(json.dumps({"case": "slopes", "devices": 4, "slopes": slopes(data)}), flush=True)
     states.LARGE_ROW = 0  # from one device to another one by one
     alone = compare(dict(cases())["client_state"], data, 4, rounds)
     print(json.dumps({"case": "large_state", "devices": 4, **alone}), flush=True)
+    print(json.dumps({"case": "large_slopes", "devices": 4, "slopes": slopes(data)}), flush=True)

@@ -44,6 +44,12 @@ def test_devices_agree(results, case):
     assert {devices for name, devices in results if name == "fedavg"} == {2, 4, 8}
 
 
+@pytest.mark.parametrize("case", ["slopes", "large_slopes"])
+def test_gradients_go_through_rounds_over_devices(results, case):
+    one, reverse, forward = results[case, 4]["slopes"]
+    np.testing.assert_allclose([reverse, forward], one, rtol=1e-5)
+
+
 def test_a_second_axis_may_share_the_model_out(results):
     assert results["model_axis", 4]["apart"] < 1e-6
 
@@ -93,6 +99,12 @@ def test_bad_meshes_are_refused():
     refused(lambda: fl.synchronous(algorithm, DATA, mesh=2), "jax.sharding.Mesh", "2")
     refused(lambda: fl.devices.mesh(64), "64", "use_cores(64)")
     refused(lambda: fl.devices.use_cores(3), "before anything else of JAX", error=RuntimeError)
+
+
+def test_lanes_may_be_an_arrays_number():
+    algorithm = fedavg(softmax_model(), optax.sgd(0.1))
+    a, b = (fl.synchronous(algorithm, DATA, lanes=n) for n in (4, jax.numpy.int32(4)))
+    assert_close(a.params(a.step(a.init(0), a.data)[0]), b.params(b.step(b.init(0), b.data)[0]))
 
 
 def test_what_a_cohort_cannot_fill_is_refused():

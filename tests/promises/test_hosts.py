@@ -10,8 +10,10 @@ import time
 import numpy as np
 import pytest
 
+import fedjax_lab as fl
 from tests.compiling import environment
 from tests.promises.hosts_program import result
+from tests.refusals import refused
 
 
 def start(case: str, *arguments: str) -> list[subprocess.Popen]:
@@ -74,3 +76,28 @@ def test_a_lost_process_is_named_and_the_run_resumes(tmp_path):
     assert code == other == 0, errors[-2000:]
     assert first == second
     np.testing.assert_allclose(first[0]["params"], result(None, rounds)["params"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("host:1234", 2, None), ["process_id is missing"]),
+        (("host", 2, 0), ["host:port", "'host'"]),
+        ((":1234", 2, 0), ["host:port"]),
+        (("host:70000", 2, 0), ["host:port", "70000"]),
+        ((1234, 2, 0), ["host:port", "1234"]),
+        (("host:1234", "2", 0), ["num_processes must be a positive integer"]),
+        (("host:1234", 2, 2), ["0..1", "got 2"]),
+        (("host:1234", 2, True), ["process_id must be an integer", "True"]),
+        (("host:1234", 2, 0.5), ["process_id must be an integer", "0.5"]),
+    ],
+)
+def test_processes_that_cannot_be_joined_are_refused_without_waiting(given, words):
+    refused(lambda: fl.hosts.connect(*given), *words)
+
+
+def test_outside_of_a_cluster_one_must_say_who_there_is():
+    call = [sys.executable, "-c", "import fedjax_lab as fl; fl.hosts.connect()"]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment(1), check=False, timeout=100)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: no cluster's environment was found") and "give coordinator" in last

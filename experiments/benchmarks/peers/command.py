@@ -171,7 +171,7 @@ def main(
         except Unavailable as error:
             print(error, flush=True)
     engine.use_all_cores()
-    pairs.begin()
+    pairs.begin(json)
     for work in works:
         for peer in (p for p in wanted if p.name in pythons):
             with tempfile.TemporaryDirectory(prefix="fedjax_lab_peers_") as folder:
