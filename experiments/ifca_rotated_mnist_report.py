@@ -11,7 +11,7 @@ from experiments import common
 Row = Mapping[str, Any]
 SOURCE = "Ghosh et al. 2020, table 1"
 TOLERANCE = 1.0  # in percentage points
-_MUST_AGREE = ("num_rounds", "steps", "learning_rate", "hidden", "train_digits", "test_digits")
+_MUST_AGREE = ("num_rounds", "local_rounds", "steps", "learning_rate", "hidden", "train_digits", "test_digits")
 
 
 def accuracies(rows: Sequence[Row], setting: str, method: str) -> list[float]:
@@ -131,8 +131,9 @@ def write(
             "What was run": "Table 1 of Ghosh et al. 2020 for MNIST: the digits turned by 0, 90, 180 and 270 degrees, "
             "each rotation's dealt to a quarter of the clients. IFCA with four models, one model for all (FedAvg), and "
             f"a model for each client alone; {config.steps} full-batch steps of rate {config.learning_rate:g} a round, "
-            f"{config.num_rounds} rounds. Accuracies are of the last round. As in the authors' code, test digits are "
-            "divided among test clients of as many digits, which choose a model by its loss on these same digits, "
+            f"{config.num_rounds} rounds, {config.local_rounds} of models alone. Accuracies are of the last round. "
+            "As in the authors' code, test digits are divided among test clients of as many digits, which choose a "
+            "model by its loss on these same digits, "
             "labels included; and local models are tested on all test digits of their rotation. Deviation from the "
             f"paper: {100 * config.participation:g}% of the clients take part in a round, drawn anew each time "
             f"({100 * config.early_participation:g}% in IFCA's first {config.early_rounds}, while its models part), "
