@@ -233,7 +233,7 @@ def l2_norm(x: jax.Array) -> jax.Array:
     return _root(jnp.sum(jnp.square(x / unit), axis=-1)) * unit[..., 0]
 
 
-def _root(square: jax.Array) -> jax.Array:
+def _root(square: Any) -> jax.Array:
     """The square root, with a gradient of zero at zero, where an update that is nothing else has NaN."""
     nothing = square == 0
     return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, square)))
