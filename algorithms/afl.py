@@ -67,8 +67,9 @@ def afl(
     def client_update(message, state, client, key, tilt=fl.identity):
         out = base.client_update(message.inner, state, client, key, tilt)
         loss = fl.mean_loss(model.loss, message.inner, client, jax.random.fold_in(key, 0xF))
-        # Who begins outside the mixture must be heard: a client of weight 0 counts for nothing.
-        heard = jnp.where(client.size > 0, jnp.maximum(out.weight, jnp.finfo(jnp.float32).tiny), 0)
+        # Who begins outside the mixture must be heard: a client of weight 0 counts for nothing. Were there only such
+        # clients, metrics would be means by these weights, and products of much smaller ones vanish.
+        heard = jnp.where(client.size > 0, jnp.maximum(out.weight, 1e-20), 0)
         return out._replace(upload=(out.upload, loss, jnp.int32(client.id)), weight=heard, bytes_up=None)
 
     def lift(upload, weight, message, env):

@@ -38,7 +38,8 @@ class Ids:
         try:
             return self._index[_plain(client_id)]
         except KeyError:
-            near = checks.nearest(str(client_id), map(str, self.values))
+            alike = [v for v in map(_plain, self.values) if str(v) == str(client_id)]  # 10 for "10"
+            near = f"; did you mean {alike[0]!r}?" if alike else checks.nearest(str(client_id), map(str, self.values))
             raise KeyError(f"no client {client_id!r} among {len(self.values)}{near}") from None
 
 

@@ -65,6 +65,8 @@ def fixed(ids: Sequence[int] | Sequence[str] | np.ndarray) -> Sampler:
         as ``data.ids`` has them.
     """
     ids = np.asarray(ids)
+    if ids.dtype == object and all(isinstance(client, str) for client in ids.flat):
+        ids = ids.astype(str)  # text of pandas
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iuU":
         raise ValueError(
             f"fixed() needs a non-empty list of clients: positions (integers), or ids that are text; got {ids!r}"

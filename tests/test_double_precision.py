@@ -11,6 +11,7 @@ import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from algorithms.scaffold import scaffold
 from algorithms.virtual import virtual
+from fedjax_lab.wire.base import float_norm
 from tests.problems import assert_same_bits, quadratic_model, softmax_model, steps
 
 SGD = optax.sgd(0.1)
@@ -89,3 +90,8 @@ def test_a_run_resumes_bit_for_bit(tmp_path):
     for rounds in (2, 4):
         parts = fl.run(process, rounds, out=tmp_path)
     assert_same_bits(parts.state, whole.state)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_norms_of_what_only_float64_holds(scale):
+    np.testing.assert_allclose(float_norm([scale * jnp.array([3.0, 4.0]), jnp.zeros(2)]), 5 * scale, rtol=1e-12)

@@ -34,7 +34,8 @@ def test_uniform_draws_distinct_clients_equally_often():
 
 
 def test_fixed_takes_positions_or_ids_that_are_text():
-    for clients in ([3, 0], np.array([3, 0]), ["c3", "c0"], np.array(["c3", "c0"]), DATA.ids[3::-3]):
+    pandas = np.array(["c3", "c0"], object)
+    for clients in ([3, 0], np.array([3, 0]), ["c3", "c0"], np.array(["c3", "c0"]), pandas, DATA.ids[3::-3]):
         sampler = fl.fixed(clients)
         sampler.init(DATA)
         ids, present, _ = jax.jit(lambda data, s=sampler: s.sample((), None, data, None))(DATA)
@@ -48,6 +49,12 @@ def test_fixed_takes_positions_or_ids_that_are_text():
 def test_ids_that_nobody_has_or_twice(clients, words):
     with pytest.raises(ValueError, match=words):
         fl.fixed(clients).init(DATA)
+
+
+def test_text_for_ids_that_are_numbers():
+    data = fl.FederatedData.from_clients({10 + k: {"x": np.ones((1, 2))} for k in range(3)})
+    with pytest.raises(ValueError, match=r"no client '10' among 3; did you mean 10\?"):
+        fl.fixed(["10"]).init(data)
 
 
 def test_weighted_draws_the_first_by_weight():

@@ -105,6 +105,11 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
         first = round.local if alternating is True else alternating
         if first is None:
             raise ValueError("private() alternates by the Round's local training, but this Round has none")
+        if first and "split" in round.traits:
+            raise ValueError(
+                "private(alternating=...) trains from whole models, but of this Round's some leaves stay with the "
+                "clients: put it first"
+            )
 
         def client_update(message, state, client, key, tilt=identity):
             whole = received(message, state)
@@ -165,7 +170,7 @@ def keep(predicate, variables: Variables) -> Variables:
 
 def merge(part: Variables, shared: Variables) -> Variables:
     """``part`` where it has a leaf, else ``shared``."""
-    return jax.tree.map(lambda p, s: s if p is None else p, part, shared, is_leaf=lambda x: x is None)
+    return jax.tree.map(lambda p, s: s if p is None else p, part, shared, is_leaf=_is_none)
 
 
 def splits(predicate: Callable[[str], bool], variables: Variables) -> None:
@@ -187,28 +192,37 @@ def not_encoded(message: PyTree, who: str) -> PyTree:
 
 
 def strip(predicate, like: Variables, tree: PyTree) -> PyTree:
-    """``tree`` with ``None`` for the private leaves of every subtree shaped as ``like`` or its params."""
-    gone = jax.tree_util.tree_map_with_path(lambda path, _: predicate(checks.path_name(path)), like)
-    shapes = {jax.tree.structure(like): gone, jax.tree.structure(like.params): gone.params}
+    """``tree`` with ``None`` for the private leaves of every subtree shaped as ``like`` or its params.
+
+    What another transform took out before is ``None`` already, and counts as a leaf.
+    """
+    gone = jax.tree_util.tree_map_with_path(lambda path, _: predicate(checks.path_name(path)), like, is_leaf=_is_none)
+    shapes = {_structure(like): gone, _structure(like.params): gone.params}
 
     def one(subtree):
-        mask = shapes.get(jax.tree.structure(subtree))
+        mask = shapes.get(_structure(subtree))
         return subtree if mask is None else jax.tree.map(lambda g, x: None if g else x, mask, subtree)
 
-    return jax.tree.map(one, tree, is_leaf=lambda t: jax.tree.structure(t) in shapes)
+    return jax.tree.map(one, tree, is_leaf=lambda t: _structure(t) in shapes)
 
 
 def fill(part: Variables, tree: PyTree) -> PyTree:
     """Zeros for the private leaves that :func:`strip` took out, so that the inner round finds its shapes."""
-    is_none = lambda x: x is None
-    shared = jax.tree.map(lambda p: 0 if p is None else None, part, is_leaf=is_none)
-    templates = {jax.tree.structure(shared): part, jax.tree.structure(shared.params): part.params}
+    templates = {_structure(part): part, _structure(part.params): part.params}
 
     def one(subtree):
-        template = templates.get(jax.tree.structure(subtree))
+        template = templates.get(_structure(subtree))
         if template is None:
             return subtree
         zero = lambda p, x: x if p is None else jnp.zeros_like(p)
-        return jax.tree.map(zero, template, subtree, is_leaf=is_none)
+        return jax.tree.map(zero, template, subtree, is_leaf=_is_none)
 
-    return jax.tree.map(one, tree, is_leaf=lambda t: jax.tree.structure(t) in templates)
+    return jax.tree.map(one, tree, is_leaf=lambda t: _structure(t) in templates)
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _structure(tree: PyTree) -> Any:
+    return jax.tree.structure(tree, is_leaf=_is_none)

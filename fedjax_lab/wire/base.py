@@ -217,19 +217,30 @@ def float_size(like: PyTree) -> int:
 
 def float_norm(tree: PyTree) -> jax.Array:
     """The l2 norm over all float leaves, computed in float32 at least, ``float[]``."""
-    norms = [l2_norm(x.astype(wide(x.dtype)).reshape(-1)) for x in jax.tree.leaves(tree) if is_float(x)]
-    kind = jnp.result_type(jnp.float32, *norms)
-    return l2_norm(jnp.stack([n.astype(kind) for n in norms])) if norms else kind.type(0)
+    floats = [jnp.abs(x.astype(wide(x.dtype))) for x in jax.tree.leaves(tree) if is_float(x)]
+    kind = jnp.result_type(jnp.float32, *floats)
+    floats = [x.astype(kind) for x in floats if x.size]
+    if not floats:
+        return jnp.zeros((), kind)
+    unit = magnitude(jnp.stack([jnp.max(x) for x in floats]))[0]
+    return _root(sum(jnp.sum(jnp.square(x / unit)) for x in floats)) * unit
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
     """The l2 norm over the last axis, also of entries whose squares are too small or too large for their type."""
     x = jnp.abs(x)
     unit = magnitude(x)
-    return jnp.sqrt(jnp.sum(jnp.square(x / unit), axis=-1)) * unit[..., 0]
+    return _root(jnp.sum(jnp.square(x / unit), axis=-1)) * unit[..., 0]
+
+
+def _root(square: Any) -> jax.Array:
+    """The square root, with a gradient of zero at zero, where an update that is nothing else has NaN."""
+    nothing = square == 0
+    return jnp.where(nothing, 0, jnp.sqrt(jnp.where(nothing, 1, square)))
 
 
 def magnitude(x: jax.Array) -> jax.Array:
     """A power of two near the largest entry along the last axis, ``float[..., 1]``; dividing by it rounds nothing."""
     exponent = jnp.frexp(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0))[1]
-    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, -100, 100)))
+    most = jnp.finfo(x.dtype).maxexp * 3 // 4  # beyond it squares of what is left are within the type's range as well
+    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), x.dtype), jnp.clip(exponent, -most, most)))

@@ -93,11 +93,14 @@ def _some(tree: PyTree) -> bool:
 
 
 def _apart(tree: PyTree) -> tuple[list, list]:
-    """What always travels, as one list if it is anything, and the other parts; whether each is there."""
-    leaves = jax.tree.leaves(tree, is_leaf=_is_part)
-    always, parts = [x for x in leaves if not _is_part(x)], [x for x in leaves if _is_part(x)]
+    """What always travels, if it is anything, and the other parts; whether each is there.
+
+    The former keeps its structure, with nothing in place of these, so that links find a model and numbers beside it.
+    """
+    parts = [x for x in jax.tree.leaves(tree, is_leaf=_is_part) if _is_part(x)]
+    always = jax.tree.map(lambda x: () if _is_part(x) else x, tree, is_leaf=_is_part)
     contents, there = [x.content for x in parts], [x.there for x in parts]
-    return ([always, *contents], [True, *there]) if always else (contents, there)
+    return ([always, *contents], [True, *there]) if jax.tree.leaves(always) else (contents, there)
 
 
 def _together(payload: Occasional) -> PyTree:
@@ -105,7 +108,7 @@ def _together(payload: Occasional) -> PyTree:
     whole: Any = payload.like.shapes()
     leaves, structure = jax.tree.flatten(whole, is_leaf=_is_part)
     both = list(zip(payload.parts, payload.there, strict=True))
-    always = list(both.pop(0)[0]) if len(both) > sum(map(_is_part, leaves)) else []
+    always = jax.tree.leaves(both.pop(0)[0]) if len(both) > sum(map(_is_part, leaves)) else []
     out = []
     for leaf in leaves:
         if not _is_part(leaf):

@@ -78,6 +78,13 @@ def test_afl_lets_in_who_began_outside_the_mixture():
     np.testing.assert_allclose(process.server(state).lam, project(np.array([0.5, 0.1, 0.5 + 0.01])), atol=1e-6)
 
 
+def test_afl_reports_the_loss_of_a_cohort_outside_the_mixture():
+    data, given = points([0, 0], [1, 0]), np.array([1, 0], np.float32)
+    algorithm = afl(squared_distance(2), optax.sgd(0.02), lam_learning_rate=0.01, weighting=given, steps=1)
+    _, metrics = steps(fl.synchronous(algorithm, data, fl.fixed([1])), 1)
+    np.testing.assert_allclose(metrics["loss"], 0.5, rtol=1e-6)
+
+
 # ---- q-FFL ----
 
 

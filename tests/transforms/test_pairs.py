@@ -16,12 +16,13 @@ from fedjax_lab.transforms import (
     meta_sgd,
     mixture,
     per_fedavg,
+    private,
     reconstruction,
     width_slices,
     with_components,
     with_rates,
 )
-from tests.problems import assert_close, softmax_data, softmax_model, steps
+from tests.problems import assert_close, assert_same_bits, softmax_data, softmax_model, steps
 from tests.transforms.networks import HIDDEN, network
 from tests.transforms.test_submodels import drawn_units, entries, part_of
 
@@ -119,3 +120,22 @@ def test_which_change_of_a_model_goes_around_the_other_is_said():
     for model, outer in ((rates, mixture()), (parts, meta_sgd())):
         with pytest.raises(ValueError, match=r"with_components\(with_rates\(model, rate\), M\)"):
             fl.synchronous(fl.compose(fedavg(model, SGD, **WORK), outer), softmax_data())
+
+
+FIRST, BIAS = leaves("params/hidden/*"), leaves("params/output/bias")
+
+
+def test_leaves_kept_private_by_two_transforms_are_those_of_one():
+    def made(*parts):
+        process = fl.synchronous(fl.compose(fedavg(MODEL, SGD, **WORK), *parts), softmax_data((12, 9)))
+        state, metrics = steps(process, 3, params=all_biases_unlike())
+        return process.params(state), metrics
+
+    one = made(private(lambda path: FIRST(path) or BIAS(path)))
+    for order in ((FIRST, BIAS), (BIAS, FIRST)):
+        assert_same_bits(one, made(*map(private, order)))
+    rebuilt = reconstruction(MODEL, FIRST, SGD, **WORK)
+    kept = made(rebuilt, private(BIAS))[1]
+    assert fl.total_bytes(kept["uplink_bytes"]) == fl.total_bytes(one[1]["uplink_bytes"])
+    with pytest.raises(ValueError, match="trains from whole models"):
+        fl.compose(fedavg(MODEL, SGD, **WORK), private(FIRST), private(BIAS, alternating=True))

@@ -56,6 +56,17 @@ def test_one_shot_keeps_the_best_by_their_true_scores():
     assert_same_bits(*kept)
 
 
+def test_beside_what_travels_in_some_rounds_only():
+    """TERM's estimate goes down with the model in every round, the mean gradient in every other."""
+    rounds = fl.transforms.gradient_rounds(lambda *_: fl.identity, own=False)
+    make = lambda *links: fl.compose(term(MODEL, SGD, t=1.0, steps=1, batch_size=None), rounds, *links)
+    _, plain = steps(fl.synchronous(make(), softmax_data()), 1)
+    process = fl.synchronous(make(fl.downlink(wire.top_k(2), deltas=False)), softmax_data())
+    _, metrics = steps(process, 1)
+    assert fl.total_bytes(plain["downlink_bytes"]) == 8 * 4 * (15 + 1)
+    assert fl.total_bytes(metrics["downlink_bytes"]) == 8 * (int(wire.round_trip(wire.top_k(2), jnp.ones(15))[1]) + 4)
+
+
 def test_payloads_with_asides():
     link = sparing_asides(wire.error_feedback(wire.sign()))
     memory = link.init_client(shapes(X))

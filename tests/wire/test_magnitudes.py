@@ -53,6 +53,15 @@ def test_norms_and_clipping_at_any_scale(scale):
     np.testing.assert_allclose(got, np.asarray(x["w"], np.float64) / max(norm, 1), rtol=1e-5)
 
 
+def test_gradients_of_norms_where_parts_or_all_of_an_update_are_zero():
+    x = {"w": jnp.array([3.0, 4.0]), "still": jnp.zeros(2)}
+    slope = jax.grad(float_norm)(x)
+    assert_close(slope, {"w": jnp.array([0.6, 0.8]), "still": jnp.zeros(2)})
+    clipped = jax.grad(lambda x: jnp.sum(wire.round_trip(wire.clip(1.0), x)[0]["w"]))(x)
+    assert_close(clipped, {"w": jnp.array([0.2 - 0.168, 0.2 - 0.224]), "still": jnp.zeros(2)}, atol=1e-6)
+    assert not np.any(jax.grad(float_norm)(jnp.zeros(3)))
+
+
 def test_norms_of_what_is_none():
     assert float_norm({"n": jnp.arange(3), "none": jnp.zeros((0, 2))}) == 0
     assert float_norm(()) == 0
