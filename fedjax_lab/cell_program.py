@@ -38,12 +38,14 @@ class CellProgram(NamedTuple):
       step: ``(consts, values, state, data) -> (state, metrics)``.
       read: ``(consts, values, state) -> params``.
       size: numbers in ``params``.
+      state: shapes of one cell's state.
     """
 
     start: Traced
     step: Traced
     read: Traced
     size: int
+    state: PyTree
 
 
 def build(make_process: MakeProcess, values: dict[str, Number]) -> Process:
@@ -154,7 +156,7 @@ def _trace(make: Callable[[tuple], Process], reference: Process, scalars: tuple,
 
     step, _ = _traced(one, scalars, state, reference.data)
     read, shape = _traced(lambda values, state: make(values).params(state), scalars, state)
-    return CellProgram(start, step, read, sum(leaf.size for leaf in jax.tree.leaves(shape)))
+    return CellProgram(start, step, read, sum(leaf.size for leaf in jax.tree.leaves(shape)), state)
 
 
 def _traced(function: Callable, *arguments: PyTree) -> tuple[Traced, PyTree]:

@@ -59,10 +59,13 @@ class ClientMetrics(NamedTuple):
       values: ``{name: float32[clients]}``, means over each client's examples.
       examples: ``int[clients]``, how many those were; 0 where a client has none (its values are 0) or
         where its values are not finite.
+      non_finite: ``bool[clients]``, clients with examples, whose values or examples are not finite; they count as
+        absent.
     """
 
     values: dict[str, np.ndarray]
     examples: np.ndarray
+    non_finite: Any = False
 
 
 def evaluation_round(round: Round, own: Callable[[Any, Any], Any], personal: bool) -> Round:
@@ -140,8 +143,8 @@ def client_metrics(test: FederatedData, support: FederatedData | None = None, *,
         number = jnp.asarray(getattr(state, "round", 0), jnp.int32)  # schedules over rounds go by it
         server, clients = process.server(state), process.clients(state)
         with unlike_training(test, process.data):
-            sizes, values = function(server, clients, process.data, here, adapt, home, number)
-        return ClientMetrics(values, sizes)
+            sizes, values, lost = function(server, clients, process.data, here, adapt, home, number)
+        return ClientMetrics(values, sizes, lost)
 
     return Evaluation(arrays, lambda metrics: metrics)
 
@@ -223,14 +226,19 @@ def _compile(process: Process, personal: bool, sizes: np.ndarray, specs: PyTree,
             beside=(train, support, home), beside_specs=(process.specs, support_specs, P()),
         )  # fmt: skip
         keep = lambda x: jnp.where(answers.ok, x, 0)
-        return keep(answers.weights).astype(jnp.int32), {n: keep(v) for n, v in answers.metrics.items()}
+        values = {n: keep(v) for n, v in answers.metrics.items()}
+        return keep(answers.weights).astype(jnp.int32), values, (test.sizes > 0) & ~answers.ok
 
     return function
 
 
 def global_metrics(test: FederatedData) -> Evaluate:
-    """The global model's metrics over all of ``test``'s examples, ``{"accuracy": ..., "loss": ...}``."""
-    return Evaluation(client_metrics(test).arrays, pooled)
+    """The global model's metrics over all of ``test``'s examples, ``{"accuracy": ..., "loss": ...}``.
+
+    A client whose values or examples are not finite counts as absent; ``non_finite_clients`` says how many there are,
+    if any.
+    """
+    return Evaluation(client_metrics(test).arrays, lambda metrics: pooled(metrics) | _absent(metrics))
 
 
 def per_client(
@@ -245,7 +253,8 @@ def per_client(
     For each metric ``m``: ``m`` over all examples; over clients (those with examples) ``m_mean``,
     ``m_variance``, ``m_p10``, ``m_p50``, ``m_p90`` and ``m_worst10``, the mean of the worst tenth. When the
     Round personalises (trait ``"personal"``), the same of each client's own model as ``personal_m...``; if no
-    whole model is sent to the clients, these are the only ones.
+    whole model is sent to the clients, these are the only ones. A client whose values or examples are not finite, such
+    as one whose own model diverged, counts as absent; ``non_finite_clients`` says how many there are, if any.
 
     Args:
       test: examples to evaluate on.
@@ -299,6 +308,12 @@ def pooled(metrics: ClientMetrics) -> dict[str, float]:
     return {n: float((v.astype(np.float64) * metrics.examples).sum() / total) for n, v in metrics.values.items()}
 
 
+def _absent(metrics: ClientMetrics, prefix: str = "") -> dict[str, float]:
+    """How many clients' values were left out for not being finite, if any: without it, a mean hides them."""
+    count = float(np.sum(metrics.non_finite))
+    return {f"{prefix}non_finite_clients": count} if count else {}
+
+
 def summarise(metrics: ClientMetrics, names: str | Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
     """The summary that :func:`per_client` describes."""
     names = (names,) if isinstance(names, str) else names
@@ -318,4 +333,4 @@ def summarise(metrics: ClientMetrics, names: str | Sequence[str] | None = None, 
             **{f"{prefix}{name}_p{p}": float(np.percentile(values, p)) for p in (10, 50, 90)},
             f"{prefix}{name}_worst10": float(worst[:tenth].mean()),
         }
-    return out
+    return out | _absent(metrics, prefix)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_lab import checks
+from fedjax_lab import checks, memory
 from fedjax_lab.cell_program import MakeProcess, checked, trace
 from fedjax_lab.grids import Cells, cells_of, keywords
 from fedjax_lab.process import Process
@@ -66,7 +66,8 @@ def sweep(
 
     Raises:
       ValueError: bad arguments; a grid or seeds that are empty, repeat a value or aren't numbers; a name that
-        ``make_process`` doesn't take; a value that it refuses; one that can't be traced, with the line.
+        ``make_process`` doesn't take; a value that it refuses; one that can't be traced, with the line; too little
+        memory for all cells' states, with the estimate.
     """
     num_rounds, every = checks.integer(num_rounds, "num_rounds", 0, 2**31), checks.integer(every, "every", 1, 2**31)
     cells = cells_of(grids, seeds)
@@ -81,6 +82,8 @@ def sweep(
     reference = checked(make_process, cells)
     places = devices_for(reference, devices)
     program = trace(make_process, cells, reference, params)
+    here = places or jax.default_backend() == "cpu"  # else a mesh of the process's own
+    memory.require_cells(cells.count, program.state, 1 if here else jax.local_device_count())
     batch = batch or side_by_side(program, cells, len(places))
     measure = None if evaluate is None else evaluations(evaluate, make_process, cells, reference)
     apart = time.monotonic() - begin

@@ -1,5 +1,7 @@
 """Evaluation as a Round: against plain NumPy over each client's rows."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -91,6 +93,32 @@ def test_personal_models_are_each_clients_own_and_unseen_clients_start_from_the_
     model = process.variables(start) if process.round.model else None
     if model is not None:
         assert fresh.values["accuracy"][0] == pytest.approx(by_hand(model.params, unseen, unseen.ids[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
+def test_clients_left_out_for_values_that_are_not_finite_are_counted(trained, bad):
+    """As if they were absent; a client without examples is absent anyway."""
+    data, process, state = trained
+    assert "non_finite_clients" not in fl.global_metrics(data)(process, state)
+    rows = data.arrays["x"].copy()
+    rows[int(data.starts[3]) + 2, 1] = rows[int(data.starts[6]), 0] = bad
+    spoilt = dataclasses.replace(data, arrays=data.arrays | {"x": rows})
+    assert np.flatnonzero(fl.client_metrics(spoilt)(process, state).non_finite).tolist() == [3, 6]
+    without = data.select([0, 1, 2, 4, 5, 7, 8])
+    for evaluate in (fl.global_metrics, fl.per_client):
+        report = evaluate(spoilt)(process, state)
+        assert report.pop("non_finite_clients") == 2
+        assert report == pytest.approx(evaluate(without)(process, state), rel=1e-6)
+
+
+def test_models_of_clients_own_that_diverged_are_counted():
+    """They would only be missing from the mean, which would look the better for it."""
+    train = softmax_data()
+    process = fl.synchronous(fl.compose(fedavg(MODEL, optax.sgd(0.1)), fl.transforms.personal_model(0.5)), train)
+    state, _ = steps(process, 1)
+    table = jax.tree.map(lambda x: x.at[2].set(np.nan) if x.dtype.kind == "f" else x, state.clients.table)
+    report = fl.per_client_accuracy(train)(process, state._replace(clients=state.clients._replace(table=table)))
+    assert report["personal_non_finite_clients"] == 1
 
 
 def test_support_must_match():

@@ -141,7 +141,8 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
             part = dataclasses.replace(part, inner=cut(units, part.held(), inner))
             if single:
                 return part
-            return Sent(part, bytes_of(units, part.held(), part.inner) + jnp.uint32(4 + 4 * random))
+            told = 4 * (table or isinstance(rate, str))  # a sweep's rate is the same for all: nobody need be told
+            return Sent(part, bytes_of(units, part.held(), part.inner) + jnp.uint32(told + 4 * random))
 
         def whole(message):
             part = opened(message)

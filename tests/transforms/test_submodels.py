@@ -302,3 +302,15 @@ LATE = fl.compose(BASE, width_slices(0.5))
 def test_refusals(call, word):
     with pytest.raises(ValueError, match=word):
         call()
+
+
+@pytest.mark.parametrize("transform", [fl.transforms.width_slices, fl.transforms.federated_dropout])
+def test_a_sweep_over_rates_counts_the_bytes_of_each_ones_own_run(transform):
+    """Where all have one rate, nobody is told it, whether it is known when the program is made or not."""
+
+    def make(rate):
+        algorithm = fl.compose(fedavg(network(), optax.sgd(0.1), batch_size=10), transform(rate))
+        return fl.synchronous(algorithm, softmax_data(), fl.uniform(2))
+
+    cell, own = fl.sweep(make, 1, [0], rate=[0.25]).cell(), fl.run(make(0.25), 1)
+    assert (cell.uplink_bytes, cell.downlink_bytes) == (own.uplink_bytes, own.downlink_bytes)
