@@ -233,7 +233,8 @@ def test_a_mask_selects_clients():
 def test_metrics_that_are_finite_nowhere_are_left_out(process):
     """A model that diverged, or a test set without a row, doesn't end the run."""
     far = {"w": np.random.default_rng(0).normal(0, 1e30, (4, 3)), "b": np.zeros(3)}
-    assert fl.run(process, 0, params=far, evaluate=fl.per_client(DATA)).metrics == [{"round": 0}]
+    seen = fl.run(process, 0, params=far, evaluate=fl.per_client(DATA)).metrics
+    assert seen == [{"round": 0, "non_finite_clients": DATA.num_clients}]  # all are counted
     alone = data.from_clients({k: {"x": np.ones((1, 4), np.float32), "y": np.array([k])} for k in range(3)})
     train, test = alone.split(0.8)
     for evaluate in (fl.per_client(test), fl.global_metrics(test)):
