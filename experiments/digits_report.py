@@ -198,8 +198,8 @@ def _cost(fedavg: Row, local: Row, data: fl.Split) -> str:
         f"FedAvg moved {common.size(sent)} of models ({common.size(fedavg['uplink_bytes'])} up, the rest down), "
         f"{f'{times:.0f} times' if times >= 2 else f'{times:.1f} times'} the size of all the training pictures "
         f"({common.size(pictures)}); local training moved {common.size(local['uplink_bytes'])}. What federated "
-        "training buys is that pictures stay where they are, and not that little is sent; with --top-k 0.01 clients "
-        "send a fiftieth of it up."
+        "training buys is that pictures stay where they are, and not that little is sent (--top-k 0.01 makes it less "
+        "than a fiftieth of a model on the way up)."
     )
 
 
