@@ -193,13 +193,20 @@ def _pieces(images: jax.Array, axes: Sequence[Axis], sizes: Sequence[int]) -> Gr
 def _transformed(matrices: Sequence[np.ndarray], grid: Grid) -> Grid:
     """``matrices[0] @ grid @ matrices[1].T``, of a grid of arrays."""
     rows, columns = matrices
-    half = [[_weighted(weights, row) for weights in columns] for row in grid]
-    return [[_weighted(weights, column) for column in zip(*half, strict=True)] for weights in rows]
+    half = [_combined(_as_tuples(columns), row) for row in grid]
+    whole = [_combined(_as_tuples(rows), column) for column in zip(*half, strict=True)]
+    return [list(row) for row in zip(*whole, strict=True)]
 
 
-def _weighted(weights: np.ndarray, arrays: Sequence[jax.Array]) -> jax.Array:
-    scaled = [x if w == 1 else x * float(w) for w, x in zip(weights, arrays, strict=True) if w != 0]
-    return functools.reduce(lax.add, scaled)
+def _as_tuples(matrix: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(map(float, row)) for row in matrix)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _combined(matrix: tuple[tuple[float, ...], ...], arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """``matrix @ arrays``: a program of its own, which is traced and lowered once for all of a grid's rows."""
+    scaled = lambda weights: [x if w == 1 else x * w for w, x in zip(weights, arrays, strict=True) if w != 0]
+    return [functools.reduce(lax.add, scaled(weights)) for weights in matrix]
 
 
 def _as_rows(grid: Grid) -> Grid:
