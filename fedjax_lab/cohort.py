@@ -131,7 +131,7 @@ def run_cohort(
             mine = env.ids // clients_each(data.num_clients, devices) == me
             schedule = plan_own(work, mine & env.invited, width, me)
         else:
-            schedule = plan(work, width, devices)
+            schedule = plan(work, width, devices, _homes(clients, env.ids, data.num_clients))
         return _on_device(round, one, clients, data.num_clients, env, schedule, AXIS, apart)
 
     if mesh is not None:
@@ -157,6 +157,14 @@ def run_cohort(
         uplink_bytes=count_bytes(turns.bytes_up, turns.bytes_up > 0),
         downlink_bytes=count_bytes(turns.bytes_down, env.invited),
     )
+
+
+def _homes(clients: ClientStates, ids: jax.Array, population: int) -> jax.Array | None:
+    """Which device has a client's state, where it is large: then it had better run there (``int32[cohort]``)."""
+    if not (jax.tree.leaves(clients.table) and are_large(clients)):
+        return None
+    held = clients.known.shape[0]  # rows on each device
+    return jnp.minimum(ids // held, (population - 1) // held)
 
 
 def _traced_turn(round: Round, server, clients: ClientStates, data: FederatedData, env: Env, key) -> Program:

@@ -1,7 +1,7 @@
 """Who runs when: how many lanes, which clients share a chunk, which device takes it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ DRAWS = 4  # of a cohort, to judge a number of lanes by
 # More lanes must promise this much: they cost memory, and convolutions side by side are slower than one after the other
 # (W3, 50 equal clients on a CPU: 17 ms a step with one lane, 24 with two).
 ENOUGH = 0.05
+# A device may work so much longer than the least possible if states stay where they lie for it: to move a client's
+# state of 5 MB takes a twentieth of what its turn does (W2).
+UNEVEN = 0.02
 
 
 class Plan(NamedTuple):
@@ -42,7 +45,7 @@ class Plan(NamedTuple):
     device: jax.Array
 
 
-def plan(work: jax.Array, lanes: int, devices: int = 1) -> Plan:
+def plan(work: jax.Array, lanes: int, devices: int = 1, home: jax.Array | None = None) -> Plan:
     """Chunks of clients with about the same work, shared out among devices.
 
     Args:
@@ -50,6 +53,8 @@ def plan(work: jax.Array, lanes: int, devices: int = 1) -> Plan:
       lanes: clients in a chunk.
       devices: each chunk goes, in order of falling work, to the device that has least so far (Graham's
         longest processing time first), which is within a third of the best.
+      home: ``int32[cohort]``, the device on which a client's state lies: a chunk stays there, by its first client,
+        where that keeps the devices even.
     """
     cohort = work.shape[0]
     chunks = -(-cohort // lanes)
@@ -58,13 +63,29 @@ def plan(work: jax.Array, lanes: int, devices: int = 1) -> Plan:
     slots = jnp.concatenate([order, pad]).astype(jnp.int32).reshape(chunks, lanes)
     if devices == 1:
         return Plan(slots, jnp.zeros(chunks, jnp.int32))
-
-    def give(load, cost):
-        device = jnp.argmin(load).astype(jnp.int32)
-        return load.at[device].add(jnp.maximum(cost, 0) + 1), device
-
     longest = jnp.max(work.at[slots].get(mode="fill", fill_value=-1), axis=1)  # a chunk takes as long as this one
-    return Plan(slots, jax.lax.scan(give, jnp.zeros(devices, longest.dtype), longest)[1])
+    load, device = _shared_out(longest, devices)
+    if home is not None:
+        most = jnp.max(load) * (1 + UNEVEN)
+        tried, at_home = _shared_out(longest, devices, home[slots[:, 0]], most)
+        device = jnp.where(jnp.max(tried) <= most, at_home, device)
+    return Plan(slots, device)
+
+
+def _shared_out(
+    costs: jax.Array, devices: int, home: jax.Array | None = None, most: Any = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Loads ``[devices]`` and each chunk's device: its home up to a load of ``most``, else that with least so far."""
+
+    def give(load, chunk):
+        cost, own = chunk
+        cost = jnp.maximum(cost, 0) + 1
+        least = jnp.argmin(load).astype(jnp.int32)
+        device = least if home is None else jnp.where(load[own] + cost <= most, own, least)
+        return load.at[device].add(cost), device
+
+    own = jnp.zeros(len(costs), jnp.int32) if home is None else home.astype(jnp.int32)
+    return jax.lax.scan(give, jnp.zeros(devices, costs.dtype), (costs, own))
 
 
 def plan_own(work: jax.Array, mine: jax.Array, lanes: int, device: jax.Array) -> Plan:

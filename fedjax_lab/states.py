@@ -101,11 +101,17 @@ def scatter(
     mine = here if runs is None or axis is None else here & (runs == jax.lax.axis_index(axis))
     end = clients.known.shape[0]
     target = jnp.where(alive & mine, seats, end)
-    put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
     known = clients.known.at[jnp.where(alive & here, seats, end)].set(True, mode="drop")
-    table = jax.tree.map(put, clients.table, states)
     if axis is None or runs is None:
-        return clients._replace(table=table, known=known)
+        put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
+        return clients._replace(table=jax.tree.map(put, clients.table, states), known=known)
+    own = jnp.argsort(target == end, stable=True)
+
+    def keep(k, table):  # those of this device only: a scatter would read and write a row for the others' as well
+        i = own[k]
+        return jax.tree.map(lambda t, new: _put(t, target[i], new[i], jnp.bool_(True)), table, states)
+
+    table = at_most(len(ids), jnp.sum(target < end), keep, clients.table)
     asked, count = _elsewhere(clients, ids, runs)
 
     def send(k, table):
@@ -175,22 +181,44 @@ def zero_unless(keep: jax.Array, x: jax.Array) -> jax.Array:
 def exchange(tree: PyTree, axis: str) -> PyTree:
     """The sum over a mesh axis of every leaf, in its own type; for what only one device has, its value.
 
-    All leaves travel in one float32 message (those of 64 bits in one more for each type): a CPU's devices share
-    threads, and wait for ever when they are held up in different messages.
+    Small leaves travel in one float32 message (those of 64 bits in one more for each type), large ones by themselves,
+    as they lie in memory. Each message waits for the last: a CPU's devices share threads, and wait for ever when
+    they are held up in different ones.
     """
     leaves, structure = jax.tree.flatten(tree)
     plain = [_plain(x) for x in leaves]
+    carriers = [_carrier(x, axis) for x in plain]
+    alone = [i for i, x in enumerate(plain) if x.dtype == carriers[i] and x.nbytes >= LARGE_MESSAGE]
     sums: dict[int, jax.Array] = {}
-    last = ()
-    for dtype in sorted({_carrier(x, axis) for x in plain}, key=str):
-        mine = [i for i, x in enumerate(plain) if _carrier(x, axis) == dtype]
+    last = None
+    for dtype in sorted(set(carriers), key=str):
+        mine = [i for i in range(len(plain)) if carriers[i] == dtype and i not in alone]
+        if not mine:
+            continue
         packed = [_packed(plain[i], dtype) for i in mine]
-        message, _ = jax.lax.optimization_barrier((jnp.concatenate([p.ravel() for p in packed]), last))
-        last = jax.lax.psum(message, axis)
+        total = jax.lax.psum(_after(last, jnp.concatenate([p.ravel() for p in packed])), axis)
+        last = total if total.size else last
         ends = np.cumsum([p.size for p in packed])[:-1]
-        for i, p, part in zip(mine, packed, jnp.split(last, ends), strict=True):
+        for i, p, part in zip(mine, packed, jnp.split(total, ends), strict=True):
             sums[i] = _unpacked(part.reshape(p.shape), plain[i].dtype)
+    for i in alone:
+        last = sums[i] = jax.lax.psum(_after(last, plain[i]), axis)
     return jax.tree.unflatten(structure, [_like(sums[i], x) for i, x in enumerate(leaves)])
+
+
+# From this size on the copies into a common message and out of it take longer than a message of one's own.
+LARGE_MESSAGE = 1 << 18
+
+
+def _after(last: jax.Array | None, message: jax.Array) -> jax.Array:
+    """The message, which can't be made before the last has come: a condition on it that the compiler can't know."""
+    if last is None:
+        return message
+    first = last.ravel()[0]
+    if jnp.issubdtype(first.dtype, jnp.complexfloating):
+        first = first.real
+    bits = jax.lax.bitcast_convert_type(first, jnp.dtype(f"int{8 * first.dtype.itemsize}"))
+    return jnp.where(bits | 1 != 0, message, jnp.zeros((), message.dtype))
 
 
 # Sums of as many 16-bit numbers are exact in float32.

@@ -11,7 +11,7 @@ from fedjax_lab.gradients import client_gradient, forget_recorded, mean_recorded
 from fedjax_lab.local import gradient_oracle
 from fedjax_lab.models.base import add, difference
 from fedjax_lab.nesting import nested
-from fedjax_lab.ownership import shared
+from fedjax_lab.ownership import shared, where_own
 from fedjax_lab.population import mean_weight, population_mean
 from fedjax_lab.round import Round, Trained, Transform, chain_tilts, identity, nbytes, shift
 
@@ -89,12 +89,13 @@ def control_variates(option: str = "II", weighting: Any = "examples", learning_r
             if option == "I":
                 oracle, again = tilt(gradient_oracle(loss)), jax.random.fold_in(key, 0xC0)
                 new = client_gradient(oracle, view.get(message.inner), client, again)[0]
-            else:
+                change = difference(new, state.c)
+            else:  # c_k - c + g less c_k, where the client's own leaves have no c
                 mean = mean_gradient(out.trained, learning_rate)
-                new = jax.tree.map(lambda g, d: g - d, mean, correction)
+                change = jax.tree.map(lambda g, c: g - c, mean, where_own(client, state.c, message.c))
             renewed = (out.trained.steps > 0) & out.sent
-            new = jax.tree.map(lambda n, o: jnp.where(renewed, n.astype(o.dtype), o), new, state.c)
-            change = difference(new, state.c)
+            change = jax.tree.map(lambda x, c: jnp.where(renewed, x.astype(c.dtype), 0), change, state.c)
+            new = add(state.c, change)
             bytes_up = None if out.bytes_up is None else out.bytes_up + nbytes(change)
             return out._replace(
                 upload=Controlled(out.upload, change),
