@@ -206,7 +206,8 @@ def exchange(tree: PyTree, axis: str) -> PyTree:
     return jax.tree.unflatten(structure, [_like(sums[i], x) for i, x in enumerate(leaves)])
 
 
-# From this size on the copies into a common message and out of it take longer than a message of one's own.
+# Copies into a common message and out of it took as long as the message itself (4.8 MB: 6.8 against 3.5 ms; from which
+# size on a message of one's own pays was not measured).
 LARGE_MESSAGE = 1 << 18
 
 

@@ -85,6 +85,18 @@ def test_sums_over_devices_keep_every_bit_of_integers(devices):
     np.testing.assert_allclose(first[3], floats.sum(0), rtol=1e-5, atol=1e-5)
 
 
+def test_large_leaves_travel_by_themselves_and_add_up():
+    """Whatever the message before them held: a large one waits for it, and is not changed by it."""
+    rng = np.random.default_rng(0)
+    small = np.full((3, 2), np.nan, np.float32)
+    large = [rng.normal(size=(3, states.LARGE_MESSAGE // 4 + i)).astype(np.float32) for i in range(2)]
+    large[0][:, 0] = 0, np.inf, 0
+    summed = jax.vmap(lambda tree: states.exchange(tree, "d"), axis_name="d")((small, *large))
+    assert np.isnan(summed[0]).all()
+    for ours, theirs in zip(summed[1:], large, strict=True):
+        np.testing.assert_allclose(np.asarray(ours[0]), theirs.sum(0), rtol=1e-5, atol=1e-5)
+
+
 def test_a_mesh_of_one_is_a_device():
     algorithm = fedavg(softmax_model(), optax.sgd(0.1))
     plain, alone = (fl.synchronous(algorithm, DATA, lanes=4, mesh=m) for m in (None, fl.devices.mesh(1)))
