@@ -12,9 +12,11 @@ from experiments.benchmarks.peers.command import ROOT, Failed
 CHILD = """
 import json, sys, time
 began = time.perf_counter()
-import importlib
+import gc, importlib
 module, name, arguments = json.loads(sys.argv[1])
-out = getattr(importlib.import_module(module), name)(began, **arguments)
+called = getattr(importlib.import_module(module), name)
+gc.freeze()  # as the experiments' command does
+out = called(began, **arguments)
 print("\\n" + json.dumps(out))
 """
 
