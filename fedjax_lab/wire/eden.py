@@ -88,6 +88,7 @@ def eden(bits: int = 1, *, scale: str = "unbiased", block: int = BLOCK, passes: 
         rotation. With the single pass that the paper computes with, a vector of two entries among 512 zeros came
         back half too short at 1 bit; with two the bias was 0.2% of its length.
     """
+    bits_between(bits, 1, 16, "eden")
     check_block(block)
     checks.positive(passes, "passes", integer=True)
     link = chain(*[hadamard(block)] * passes, lloyd_max(bits, scale=scale, block=block))

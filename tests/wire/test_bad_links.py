@@ -19,7 +19,7 @@ def test_numbers_of_entries_that_make_no_sense(make, k):
 @pytest.mark.parametrize("make", [wire.quantize, wire.lloyd_max, wire.eden])
 @pytest.mark.parametrize("bits", [0, 17, -1, 2.5, None, True])
 def test_numbers_of_bits_that_make_no_sense(make, bits):
-    refused(lambda: make(bits), "takes 1 to 16 bits", repr(bits))
+    refused(lambda: make(bits), f"{make.__name__} takes 1 to 16 bits", repr(bits))
 
 
 @pytest.mark.parametrize(
