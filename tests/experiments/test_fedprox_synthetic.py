@@ -1,5 +1,7 @@
 """The FedProx experiment: what it measures, how it compares, and all of it with tiny settings."""
 
+import itertools
+
 import jax
 import numpy as np
 import optax
@@ -99,7 +101,7 @@ def test_what_it_writes_holds_together(out):
     assert [(c["name"], c["ok"]) for c in summary["checks"]] == [("loss of the zero model", True)]
     assert summary["checks"][0]["ours"] == pytest.approx(np.log(10), abs=1e-5)
     assert {c["reason"] for c in summary["skipped"]} == {"num_rounds is 4 instead of 200"}
-    assert len(summary["skipped"]) == 16 + 8 + 3
+    assert len(summary["skipped"]) == 16 + 16 + 8 + 3
     for row in summary["results"]:
         last = runs[row["run"]][-1]
         shown = (row["train_loss"], row["test_accuracy"], row["dissimilarity"])
@@ -135,6 +137,34 @@ def test_every_seed_must_lie_inside_the_range():
     assert verdicts(rows("0", "FedProx mu=1", 0.0, [0.44] * 3))["Synthetic(0,0) mu=1: test accuracy"].ok
 
 
+def test_the_chance_of_a_range_is_that_of_all_orders_of_ours_and_theirs():
+    chances = []
+    for theirs in itertools.combinations(range(15), 3):  # every order of 12 and 3 is equally likely
+        ours = [i for i in range(15) if i not in theirs]
+        chances.append(fedprox_checks.chance_of_range(ours, min(theirs), max(theirs)))
+    chances = np.array(chances)
+    lowest = np.array([t[0] for t in itertools.combinations(range(15), 3)])  # as many of ours lie below all of theirs
+    for m in range(1, 13):
+        beyond = fedprox_checks.chance_of_range(np.arange(12), m - 0.5, m - 0.5)  # theirs lie above m, below 12 - m
+        assert beyond == pytest.approx(np.mean(lowest >= max(m, 12 - m)), abs=1e-12)
+    for level in np.unique(chances):
+        assert np.mean(chances <= level) <= 2 * level + 1e-12
+    assert np.mean(chances < 0.01) == pytest.approx(2 * 4 / 455)
+
+
+def test_ranges_that_draws_like_ours_would_hardly_have_are_told():
+    name = "Synthetic(0,0) mu=1: train loss of more seeds"
+    at = lambda losses: verdicts(rows("0", "FedProx mu=1", 0.0, losses))[name]
+    assert at([0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.3, 0.4, 0.5, 0.6]).ok
+    assert at([0.40] * 11 + [0.5]).ok is False  # .43 to .46 lies above 11 of 12
+    assert at([0.40] * 10 + [0.5] * 2).ok
+    assert at([0.47] * 12).ok is False
+    assert at([0.464] * 12).ok  # .46, as the published figures are rounded
+    assert at([0.47] * 12).ours["chance"] == pytest.approx(1 / 455, abs=1e-4)
+    few = at([0.47] * 9)
+    assert few.ok is None and "10 seeds" in few.reason
+
+
 def test_orderings_go_the_other_way_for_iid():
     def at(data, prox, avg, stragglers=0.0):
         both = rows(data, "FedProx mu=1", stragglers, prox) + rows(data, "FedAvg", stragglers, avg)
@@ -160,6 +190,7 @@ def test_bad_settings_are_named(capsys):
     for argv, told in (
         (["--mu", "-1"], "mu must be"),
         (["--seeds", "1", "1"], "seeds must name"),
+        (["--more-seeds", "5", "5"], "more_seeds must name"),
         (["--data-sets", "2,2"], "0.5"),
         (["--stragglers", "1.5"], "fraction"),
     ):
