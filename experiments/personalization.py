@@ -85,7 +85,7 @@ class Config:
                 raise ValueError(f"{name} must name each once; got {getattr(self, name)}")
 
 
-PAPER = Config(data_sets=("synthetic", "clusters", "digits", "rotated", "mnist", "ratings"))
+PAPER = Config(data_sets=("synthetic", "clusters", "digits", "rotated", "mnist", "mnist_rotated", "ratings"))
 QUICK = Config(
     methods=("FedAvg", "FedRecon", "kNN-Per"), seeds=(0,), num_clients=10, cohort_size=3, num_rounds=2, epochs=1,
     hidden=8, joining=1, every=2,

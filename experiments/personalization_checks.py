@@ -29,6 +29,7 @@ CLAIMS = [  # partition, method, against, metric, what is claimed, and whose exp
     ("clusters", "FedEM", "FedAvg", "accuracy_mean", SPLITS, "Marfoq et al., NeurIPS 2021"),
     ("clusters", "MOCHA", "FedAvg", "accuracy_mean", "related models beat one for all", "Smith et al., NIPS 2017"),
     ("rotated", "IFCA", "FedAvg", "accuracy_mean", SPLITS, "Ghosh et al., NeurIPS 2020"),
+    ("mnist_rotated", "IFCA", "FedAvg", "accuracy_mean", SPLITS, "Ghosh et al., NeurIPS 2020"),
     ("synthetic", "Ditto", "FedAvg", "accuracy_mean", SKEW, "Li et al., ICML 2021"),
     ("synthetic", "pFedMe", "FedAvg", "accuracy_mean", SKEW, "Dinh et al., NeurIPS 2020"),
 ]
