@@ -74,7 +74,7 @@ def _in_range(
 def _like_ours(rows, data: str, mu: int, metric: str, wanted: tuple[float, float], reason: str) -> Check:
     """Whether the published range can be that of three draws of the same as ours."""
     ours = [_rounded(v) for v in _ours(rows, data, mu, metric)]
-    few = f"it needs {ENOUGH} seeds without stragglers"  # with fewer no range at all would be refused
+    few = f"it needs {ENOUGH} seeds without stragglers"
     reason = reason or ("" if len(ours) >= ENOUGH else few)
     chance = 1.0 if reason else chance_of_range(ours, *wanted)
     spread = {} if reason else {"lowest": min(ours), "median": float(np.median(ours)), "highest": max(ours)}

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 # With fewer channels, the transforms cost what the products save. With more of them than features (the gradient of a
-# layer's inputs) they cost a tenth of a round of W2, and are used all the same: XLA's convolution beside these forms
+# layer's inputs) they cost a sixth of a round of W2, and are used all the same: XLA's convolution beside these forms
 # gave wrong gradients on two CPU devices (W3: the first layer's a tenth off, in some steps; jax 0.10.2).
 FEWEST_CHANNELS = 32
 # Multiplications that pay for compiling the transforms, about a second for each layer.
