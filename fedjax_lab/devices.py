@@ -3,7 +3,8 @@
 import functools
 import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -20,13 +21,32 @@ THREADS = "PJRT_NPROC"  # the environment variable that XLA reads the number of 
 
 
 def _enough_threads(devices: int) -> None:
-    """Threads for several CPU devices, before JAX runs.
+    """Threads for several CPU devices, if JAX doesn't run yet: more than the devices themselves hold.
 
-    A device that waits for the others' sums holds a thread, and so does the next program: with one thread each
-    (XLA's own choice) and programs sent off without waiting, devices stood still within a hundred rounds (jax 0.10).
+    XLA's own choice is one thread for each. Then a device that waits for the others' sums, and the next program, have
+    none: devices stood still within a hundred rounds. And helpers that a parallel loop asks for and no longer needs
+    stay in the queues of busy threads; with a thousand in a queue the next task runs at once inside the one that asks
+    for it, and Eigen's convolution packs its second slice of inputs over the first (a comment of its own names that
+    danger). On two devices W3's first layer got wrong gradients from the 44th step of a round on (jax 0.10.2, where
+    the gradient of the second layer's inputs is XLA's convolution). A thread that no device holds empties the queues.
     """
-    if devices > 1:
-        os.environ.setdefault(THREADS, str(max(devices, os.cpu_count() or 1)))
+    if devices > 1 and not _runs():
+        os.environ.setdefault(THREADS, str(max(_with_spare(devices), os.cpu_count() or 1)))
+
+
+def _with_spare(devices: int) -> int:
+    return devices + 1 + devices // 8
+
+
+def _runs() -> bool:
+    """Has JAX started its devices? Then their number can't be changed."""
+    was = jax.config.jax_num_cpu_devices
+    try:
+        jax.config.update("jax_num_cpu_devices", was + 2)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", was)
+    return False
 
 
 def _asked_for() -> int:
@@ -104,6 +124,7 @@ def mesh(count: int | None = None) -> Mesh:
     Raises:
       ValueError: more than there are.
     """
+    _enough_threads(_asked_for())
     there = jax.devices()
     count = len(there) if count is None else count
     checks.positive(count, "count", integer=True)
@@ -129,7 +150,23 @@ def checked(given: Mesh | None) -> Mesh | None:
         raise ValueError(
             f'the mesh has the axes {given.axis_names} and lacks "{AXIS}", which clients are shared out along'
         )
+    warn_of_few_threads(given.devices.flat)
     return Mesh(given.devices, given.axis_names, axis_types=(AxisType.Auto,) * len(given.axis_names))
+
+
+def warn_of_few_threads(used: Iterable[jax.Device]) -> None:
+    """Several CPU devices that hold all of XLA's threads: a RuntimeWarning. See ``_enough_threads``."""
+    there = jax.local_devices()
+    count = len(set(used).intersection(there))
+    threads = max(int(os.environ.get(THREADS) or os.cpu_count() or 1), len(there))
+    if there[0].platform == "cpu" and count > 1 and threads <= count:
+        warnings.warn(
+            f"{count} CPU devices hold all of XLA's {threads} threads: long rounds may stand still or get wrong "
+            f"convolutions. Call fl.devices.use_cores({count}) before anything else of JAX runs, or set "
+            f"{THREADS}={_with_spare(count)} in the environment",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def put(leaf: Any, sharding: Sharding | None = None) -> jax.Array:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import checks
 from fedjax_lab.cell_program import CellProgram, Traced
+from fedjax_lab.devices import warn_of_few_threads
 from fedjax_lab.grids import Cells
 from fedjax_lab.process import Process
 from fedjax_lab.session import rounds_of
@@ -77,6 +78,7 @@ class Runs:
         blocks = -(-cells.count // batch)
         self.abreast = -(-cells.count // (blocks * count))  # on one device
         self.width = self.abreast * count
+        warn_of_few_threads(devices[:count])
         self.home = devices[0] if count > 1 else None
         self.mesh = Mesh(np.array(devices[:count]), (AXIS,)) if count > 1 else None
         self.data = data if self.mesh is None else jax.device_put(data, NamedSharding(self.mesh, P()))

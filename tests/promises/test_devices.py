@@ -1,8 +1,10 @@
 """Promise 5: the number of devices doesn't change results."""
 
 import json
+import os
 import subprocess
 import sys
+import textwrap
 
 import jax
 import numpy as np
@@ -122,3 +124,48 @@ def test_lanes_may_be_an_arrays_number():
 def test_what_a_cohort_cannot_fill_is_refused():
     algorithm = fedavg(softmax_model(), optax.sgd(0.1))
     refused(lambda: fl.synchronous(algorithm, DATA, fl.uniform(4), lanes=5), "lanes=5", "4 clients", "lanes=4")
+
+
+@pytest.mark.parametrize("cores", [2, 8])
+def test_a_thread_stays_free_beside_the_devices_own(cores):
+    """Without one, queues of threads fill up and XLA's convolutions go wrong (fedjax_lab/devices.py)."""
+    script = f"""
+    import os, warnings
+    import fedjax_lab as fl
+    fl.devices.use_cores({cores})
+    warnings.simplefilter("error")
+    fl.devices.checked(fl.devices.mesh({cores}))
+    print(os.environ["PJRT_NPROC"])
+    """
+    assert int(in_a_process(script)) > cores
+
+
+def test_devices_that_hold_all_threads_are_warned_of():
+    script = """
+    import os, warnings
+    import jax
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() + 1)
+    jax.devices()
+    import fedjax_lab as fl
+    warnings.simplefilter("error")
+    for used in (1, os.cpu_count()):
+        fl.devices.checked(fl.devices.mesh(used))
+    try:
+        fl.devices.checked(fl.devices.mesh())
+    except RuntimeWarning as warning:
+        print(warning)
+    """
+    count = os.cpu_count() + 1
+    said = in_a_process(script)
+    for words in (f"{count} CPU devices", f"use_cores({count})", "PJRT_NPROC"):
+        assert words in said
+
+
+def in_a_process(script: str) -> str:
+    """What a script prints that chooses its own CPU devices and threads."""
+    env = {name: value for name, value in environment().items() if name != fl.devices.THREADS}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
