@@ -234,6 +234,8 @@ def _choose_devices(count: int | None) -> None:
     """A CPU's cores as devices of their own, as far as JAX doesn't run yet."""
     if count is not None:
         checks.positive(count, "devices", integer=True)
+        if count > (cores := os.cpu_count() or 1):
+            print(f"note: on {cores} CPU cores, {count} devices only take turns; leave out --devices to use {cores}")
     common.DEVICES = count
     with contextlib.suppress(RuntimeError):
         devices.use_cores(count)

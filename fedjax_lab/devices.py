@@ -40,7 +40,7 @@ def _with_spare(devices: int) -> int:
 
 def _runs() -> bool:
     """Has JAX started its devices? Then their number can't be changed."""
-    was = jax.config.jax_num_cpu_devices
+    was = getattr(jax.config, "jax_num_cpu_devices", -1)
     try:
         jax.config.update("jax_num_cpu_devices", was + 2)
     except RuntimeError:
@@ -154,7 +154,7 @@ def checked(given: Mesh | None) -> Mesh | None:
     return Mesh(given.devices, given.axis_names, axis_types=(AxisType.Auto,) * len(given.axis_names))
 
 
-def warn_of_few_threads(used: Iterable[jax.Device]) -> None:
+def warn_of_few_threads(used: Iterable[Any]) -> None:
     """Several CPU devices that hold all of XLA's threads: a RuntimeWarning. See ``_enough_threads``."""
     there = jax.local_devices()
     count = len(set(used).intersection(there))

@@ -1,6 +1,7 @@
 """A run's folder: whose it is, what was set up in it, and that only one process works in it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import time
@@ -20,6 +21,7 @@ from fedjax_lab.records import Journal, Record
 from fedjax_lab.state_leaves import state_digest
 
 PyTree = Any
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)  # what such file systems say
 
 
 def setup(process: Process, seed: int, params: PyTree) -> dict[str, Any]:
@@ -255,8 +257,11 @@ def locked(folder: Path) -> Iterator[None]:
             raise ValueError(
                 f"another process is running in {folder}; wait for it, or give another folder (out=...)"
             ) from None
-        except OSError:  # a file system without locks
-            pass
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            said = f"the file system of {folder} has no locks: start no other run in it while this one goes on"
+            warnings.warn(said, stacklevel=3)
         yield
 
 

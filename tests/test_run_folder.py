@@ -1,7 +1,9 @@
 """A run's folder: what is in it, when it goes on, whom it refuses; and how runs are stopped."""
 
+import errno
 import fcntl
 import json
+import os
 import signal
 
 import jax.numpy as jnp
@@ -158,6 +160,21 @@ def test_two_at_once(tmp_path):
         with pytest.raises(ValueError, match="another process is running in"):
             begun(tmp_path)
     assert begun(tmp_path).rounds == 4
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch):
+    def fails(code):
+        def flock(file, how):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    fails(errno.ENOLCK)
+    with pytest.warns(UserWarning, match="has no locks"):
+        assert begun(tmp_path / "networked").rounds == 4
+    fails(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        begun(tmp_path / "broken")
 
 
 # ---- stopping ----

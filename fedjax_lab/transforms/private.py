@@ -95,7 +95,10 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
 
         def broadcast(server, state, client, key):
             message = round.broadcast(server, state.inner, client, key)
-            return strip(predicate, model.get(server), not_encoded(message, "private()"))
+            message = strip(predicate, model.get(server), not_encoded(message, "private()"))
+            if not jax.tree.leaves(view.get(message)):
+                raise ValueError("this private() and those inside it make everything private: nothing is left to share")
+            return message
 
         def received(message, state):
             """The inner message as the client completes it."""

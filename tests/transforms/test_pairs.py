@@ -139,3 +139,5 @@ def test_leaves_kept_private_by_two_transforms_are_those_of_one():
     assert fl.total_bytes(kept["uplink_bytes"]) == fl.total_bytes(one[1]["uplink_bytes"])
     with pytest.raises(ValueError, match="trains from whole models"):
         fl.compose(fedavg(MODEL, SGD, **WORK), private(FIRST), private(BIAS, alternating=True))
+    with pytest.raises(ValueError, match="make everything private"):
+        made(private(FIRST), private(lambda path: not FIRST(path)))
