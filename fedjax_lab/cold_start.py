@@ -12,7 +12,7 @@ from jax.core import Tracer
 from fedjax_lab import checks
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData, Ids
-from fedjax_lab.devices import AXIS
+from fedjax_lab.devices import AXIS, jit
 from fedjax_lab.evaluation import (
     Evaluate,
     Evaluation,
@@ -134,7 +134,6 @@ def _prepare(process: Process, test: FederatedData, support: FederatedData, roun
     devices = 1 if mesh is None else mesh.shape[AXIS]
     mixed = lambda new, old: jax.tree.map(lambda mine, n, o: n if mine else o, own, new, old)
 
-    @jax.jit
     def join(server, number, support):
         key = jax.random.key(seed)
         server = strong(mixed(round.init(jax.random.fold_in(key, 0), support), server))
@@ -150,7 +149,7 @@ def _prepare(process: Process, test: FederatedData, support: FederatedData, roun
 
         return jax.lax.fori_loop(0, rounds, one, (server, empty_states(round, server, support, devices)))
 
-    return Newcomers(within, join)
+    return Newcomers(within, jit(join, mesh))
 
 
 def _of_single_clients(round: Round, support: FederatedData, trained: PyTree) -> PyTree:

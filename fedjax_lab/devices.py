@@ -59,6 +59,11 @@ def _asked_for() -> int:
 _enough_threads(2 * _asked_for() if _asked_for() > 1 else 1)
 
 
+def _cores() -> int:
+    """How many of the computer's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cores(count: int | None = None) -> int:
     """Make the CPU's cores devices of their own, so that :func:`mesh` can share clients out among them.
 
@@ -74,8 +79,7 @@ def use_cores(count: int | None = None) -> int:
     Raises:
       RuntimeError: JAX runs already.
     """
-    count = len(os.sched_getaffinity(0)) if count is None and hasattr(os, "sched_getaffinity") else count
-    count = count or os.cpu_count() or 1
+    count = _cores() if count is None else count
     checks.positive(count, "count", integer=True)
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -92,19 +96,23 @@ def use_cores(count: int | None = None) -> int:
 _under_way: list[jax.Array] = []  # a result of the last program that was sent off to several CPU devices
 
 
-def one_at_a_time(program: Callable) -> Callable:
-    """A jitted function over several devices that, on a CPU, waits until the last such program has ended.
+def jit(function: Callable, mesh: Mesh | None, **options: Any) -> Callable:
+    """``jax.jit`` of a function whose work is shared out over a mesh; for ``None`` nothing else.
 
-    The devices of a CPU share threads, and stand still when those of two programs are all held up in exchanges.
-    Inside of other programs it is the function itself.
+    On a CPU such a program waits until the last one has ended: devices share threads, and stand still when those of
+    two programs are all held up in exchanges. And where the devices hold all cores each computes by itself: a kernel
+    that is cut up for other threads asks for helpers that come too late (W1 took half as long again). Inside of other
+    programs it is the function itself.
     """
-    if jax.default_backend() != "cpu":
-        return program
+    plain = jax.jit(function, **options)
+    if mesh is None or jax.default_backend() != "cpu":
+        return plain
+    program = jax.jit(function, compiler_options=by_itself(mesh), **options)
 
     @functools.wraps(program)
     def alone(*arguments):
         if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
-            return program(*arguments)
+            return plain(*arguments)
         if _under_way and not _under_way[0].is_deleted():
             jax.block_until_ready(_under_way[0])
         out = program(*arguments)
@@ -113,6 +121,14 @@ def one_at_a_time(program: Callable) -> Callable:
 
     alone.lower = program.lower  # pyright: ignore[reportAttributeAccessIssue]
     return alone
+
+
+def by_itself(mesh: Mesh) -> dict[str, Any] | None:
+    """XLA's options for a program over a mesh: no kernel cut up for threads if its devices hold all cores of a CPU."""
+    used = len(set(mesh.devices.flat).intersection(jax.local_devices()))
+    if mesh.devices.flat[0].platform != "cpu" or used < _cores():
+        return None
+    return {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
 
 
 def mesh(count: int | None = None) -> Mesh:

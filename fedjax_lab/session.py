@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fedjax_lab import devices, hosts, run_folder
 from fedjax_lab.callbacks import Callback, Info
@@ -124,7 +125,7 @@ def run_rounds(
     if isinstance(step, HostStep):
         many = s.clock.first_apart(_one_by_one(step))
     else:
-        many = _compiled_apart(_many(step, max(min(every, num_rounds), 1), s.process.mesh is not None), s.clock)
+        many = _compiled_apart(_many(step, max(min(every, num_rounds), 1), s.process.mesh), s.clock)
     measured: Record = {}
     if evaluate is not None:
         evaluate = s.clock.first_apart(evaluate)
@@ -204,7 +205,7 @@ def _compiled_apart(many: Callable, clock: Clock) -> Callable:
 
 
 @functools.lru_cache(maxsize=8)
-def _many(step: Callable, length: int, several: bool) -> Callable:
+def _many(step: Callable, length: int, mesh: Mesh | None) -> Callable:
     """``(state, data, count) -> (state, metrics)``: up to ``length`` rounds, metrics ``[length, ...]``.
 
     Kept for the next run of the same process, which then compiles nothing. The state is donated.
@@ -212,12 +213,11 @@ def _many(step: Callable, length: int, several: bool) -> Callable:
     Args:
       step: one round.
       length: of the log.
-      several: whether the rounds run on several devices.
+      mesh: the devices that the rounds run on, if they are several.
     """
     step = jax.jit(step)
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def many(state, data, count):
         return rounds_of(lambda state: step(state, data), length, state, count)
 
-    return devices.one_at_a_time(many) if several else many
+    return devices.jit(many, mesh, donate_argnums=0)

@@ -178,8 +178,7 @@ def _compiled(start, step, data: FederatedData, mesh: Mesh | None) -> tuple[Any,
     whole, state = devices.replicated(mesh), jax.eval_shape(start, jax.random.key(0), data, None)
     places = jax.tree.map(lambda _: whole, state)
     places = places._replace(clients=jax.tree.map(lambda _: devices.by_client(mesh), state.clients))
-    step = jax.jit(step, out_shardings=(places, whole))
-    return jax.jit(start, out_shardings=places), devices.one_at_a_time(step)
+    return jax.jit(start, out_shardings=places), devices.jit(step, mesh, out_shardings=(places, whole))
 
 
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import checks
 from fedjax_lab.cell_program import CellProgram, Traced
-from fedjax_lab.devices import warn_of_few_threads
+from fedjax_lab.devices import by_itself, warn_of_few_threads
 from fedjax_lab.grids import Cells
 from fedjax_lab.process import Process
 from fedjax_lab.session import rounds_of
@@ -108,7 +108,9 @@ class Runs:
             function = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
             places = tuple(NamedSharding(self.mesh, spec) for spec in specs)
             put = lambda given: tuple(map(jax.device_put, given, places))  # an array without entries loses its place
-            compiled = jax.jit(function, in_shardings=places, **options).lower(*put(given)).compile()
+            compiled = (
+                jax.jit(function, in_shardings=places, **options).lower(*put(given)).compile(by_itself(self.mesh))
+            )
             return lambda *given: compiled(*put(given))
         return jax.jit(function, **options).lower(*given).compile()
 

@@ -1,7 +1,6 @@
 """Our side of every comparison: FedAvg by ``fl.synchronous`` on as many devices as are asked for."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,10 +41,10 @@ def rounds(process: fl.Process, state: Any) -> Callable[[], Any]:
 def dispatches(process: fl.Process, state: Any, count: int) -> Callable[[], Any]:
     """As :func:`rounds`, ``count`` rounds at each call: one program, which takes the state over, as a run's does."""
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def many(state, data):
         return rounds_of(lambda state: process.step(state, data), count, state, jnp.int32(count))
 
+    many = fl_devices.jit(many, process.mesh, donate_argnums=0)
     held = [jax.tree.map(jnp.copy, state)]
 
     def call():

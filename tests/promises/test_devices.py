@@ -140,6 +140,21 @@ def test_a_thread_stays_free_beside_the_devices_own(cores):
     assert int(in_a_process(script)) > cores
 
 
+def test_devices_that_hold_all_cores_cut_no_kernel_up():
+    script = """
+    import os
+    import fedjax_lab as fl
+    cores = fl.devices.use_cores()
+    import jax, jax.numpy as jnp
+    loop = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) * x, x)
+    for mesh in (None, fl.devices.mesh()):
+        program = fl.devices.jit(loop, mesh).lower(jnp.ones((2000, 2000))).compile()
+        print(cores, 'outer_dimension_partitions":["' in program.as_text())
+    """
+    cores, usual, _, over_devices = in_a_process(script).split()
+    assert (usual, over_devices) == (str(int(cores) > 1), "False")
+
+
 def test_devices_that_hold_all_threads_are_warned_of():
     script = """
     import os, warnings
