@@ -103,6 +103,7 @@ def wide(width: int) -> Workload:
         epochs=1,
         cohorts=(10,),
         gigaflop=2 * 3 * arithmetic * W1.batch_size / 1e9,
+        made=(__name__, "wide", width),
     )
 
 

@@ -9,15 +9,16 @@ scan would be too easy to beat. ``--in-scan`` shows by how much.
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import fedjax_lab as fl
-from experiments.benchmarks import engine, pairs
-from experiments.benchmarks.workloads import Workload, chosen
+from experiments.benchmarks import engine, fresh, pairs
+from experiments.benchmarks.workloads import Workload, chosen, found
 
 
 class DifferentSteps(RuntimeError):
@@ -89,17 +90,42 @@ def measure(
 ) -> list[pairs.Pair]:
     """Microseconds per SGD step over ``draws`` cohorts of ``runs`` pairs each."""
     out = []
-    arrays = jax.device_put({name: np.asarray(leaf) for name, leaf in data.arrays.items()})
-    loop, params = hand_written(work), work.params()
     for draw in range(draws):
-        drawn = np.random.default_rng(draw).choice(data.num_clients, cohort, replace=False)
+        drawn = draw_of(data, cohort, draw)
         process = engine.process(work.algorithm(), data, fl.fixed(drawn), devices)
         ours = engine.rounds(process, process.init(jax.random.key(draw)))
-        rows = batches(work, data, drawn, draw)
-        rows = rows if work.top_level else jax.device_put(rows)
-        times = pairs.paired(ours, functools.partial(loop, arrays, rows, params), runs)
+        arguments = {"place": work.place, "cohort": cohort, "draw": draw}
+        with fresh.server(__name__, "loop", arguments, (fl.devices.THREADS,)) as theirs:
+            times = pairs.alternating_pairs((functools.partial(pairs.seconds, ours), theirs), runs)
         out += pairs.scaled(times, 1e6 / work.steps(np.asarray(data.sizes)[drawn]))
     return out
+
+
+def draw_of(data: fl.FederatedData, cohort: int, draw: int) -> np.ndarray:
+    """A cohort, ``int[cohort]``."""
+    return np.random.default_rng(draw).choice(data.num_clients, cohort, replace=False)
+
+
+def loop(place: Sequence[Any], cohort: int, draw: int) -> Callable[[int], float]:
+    """``repeats -> seconds`` of the hand-written loop over a cohort's batches.
+
+    In a process of its own, with a CPU of one device and as many threads as XLA chooses: ours, for several devices,
+    would cost the loop a tenth to a half.
+    """
+    work = found(*place)
+    data = work.data()
+    rows = batches(work, data, draw_of(data, cohort, draw), draw)
+    rows = rows if work.top_level else jax.device_put(rows)
+    arrays = jax.device_put({name: np.asarray(leaf) for name, leaf in data.arrays.items()})
+    train = functools.partial(hand_written(work), arrays, rows, work.params())
+    return lambda repeats: pairs.seconds(train, repeats)
+
+
+def matrix_products(size: int) -> Callable[[int], float]:
+    """``runs -> float``, the best rate of a float32 product of two ``[size, size]`` in gigaflop per second."""
+    product = jax.jit(lambda a: a @ a)
+    a = jnp.ones((size, size), jnp.float32)
+    return lambda runs: 2 * size**3 / min([pairs.seconds(lambda: product(a), 1) for _ in range(runs + 1)][1:]) / 1e9
 
 
 def in_scan(work: Workload, data: fl.FederatedData, runs: int, steps: int = 3) -> list[pairs.Pair]:
@@ -113,11 +139,9 @@ def in_scan(work: Workload, data: fl.FederatedData, runs: int, steps: int = 3) -
 
 
 def matrix_rate(size: int = 2048, runs: int = 5) -> float:
-    """The best rate of a large float32 matrix product in one process, in gigaflop per second."""
-    product = jax.jit(lambda a: a @ a)
-    a = jnp.ones((size, size), jnp.float32)
-    seconds = [pairs.seconds(lambda: product(a), 1) for _ in range(runs + 1)][1:]
-    return 2 * size**3 / min(seconds) / 1e9
+    """The best rate of a large float32 matrix product, in gigaflop per second, where the loops run."""
+    with fresh.server(__name__, "matrix_products", {"size": size}, (fl.devices.THREADS,)) as rate:
+        return rate(runs)
 
 
 def main(

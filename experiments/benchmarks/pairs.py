@@ -63,16 +63,21 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def paired(ours: Callable[[], object], theirs: Callable[[], object], runs: int, at_least: float = 0.1) -> list[Pair]:
-    """Interleaved timings in seconds, whichever side goes first alternating.
+    """Interleaved timings of two calls in this process, as :func:`alternating_pairs`."""
+    side = lambda call: lambda repeats: seconds(call, repeats)
+    return alternating_pairs((side(ours), side(theirs)), runs, at_least)
+
+
+def alternating_pairs(sides: Sequence[Callable[[int], float]], runs: int, at_least: float = 0.1) -> list[Pair]:
+    """Interleaved timings in seconds of ``repeats -> seconds`` a call, whichever side goes first alternating.
 
     Each side runs twice beforehand: compiled by the first call, timed in the second, to choose how
     often a timing must repeat it to last ``at_least`` seconds.
     """
-    calls = (ours, theirs)
-    for call in calls:
-        seconds(call, 1)
-    repeats = [max(1, round(at_least / seconds(call, 1))) for call in calls]
-    return [alternating(run, lambda side: seconds(calls[side], repeats[side])) for run in range(runs)]
+    for side in sides:
+        side(1)
+    repeats = [max(1, round(at_least / side(1))) for side in sides]
+    return [alternating(run, lambda side: sides[side](repeats[side])) for run in range(runs)]
 
 
 def alternating(run: int, measure: Callable[[int], float]) -> Pair:

@@ -7,6 +7,7 @@ W4: the character LSTM of McMahan et al. 2017, 80 characters a sequence, batch 4
 No dropout anywhere, so that results can be compared.
 """
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Workload(NamedTuple):
         twice the forward one.
       top_level: the hand-written step runs outside a loop. XLA:CPU runs convolutions many times slower
         inside ``scan`` (jax 0.10), so that a scan would be no limit.
+      made: where another process finds it, if not in this module; see :attr:`place`.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Workload(NamedTuple):
     cohorts: tuple[int, ...]
     gigaflop: float
     top_level: bool = False
+    made: tuple[Any, ...] = ()
 
     def data(self, whole_batches: bool = False) -> fl.FederatedData:
         """The population; with sizes rounded up to ``whole_batches``, which all frameworks do the same with."""
@@ -66,6 +69,11 @@ class Workload(NamedTuple):
         """FedAvg on this workload."""
         optimizer = optax.sgd(self.learning_rate)
         return fedavg(self.model(), optimizer, epochs=self.epochs, batch_size=self.batch_size)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """``(module, name)``, or ``(module, function, argument)`` that gives it: what :func:`found` takes."""
+        return self.made or (__name__, self.name.upper())
 
     def steps(self, sizes: np.ndarray) -> int:
         """SGD steps that clients of these sizes make in a round."""
@@ -152,6 +160,12 @@ W4 = Workload(
     gigaflop=lstm_gigaflop(8, 256, 90, 80, 4),
 )
 WORKLOADS = {w.name: w for w in (W1, W2, W3, W4)}
+
+
+def found(module: str, name: str, *arguments: Any) -> Workload:
+    """The workload of a :attr:`Workload.place`."""
+    it = getattr(importlib.import_module(module), name)
+    return it(*arguments) if arguments else it
 
 
 class UnknownWorkload(ValueError):

@@ -11,7 +11,9 @@ from experiments.benchmarks import devices, engine, fresh, growth, limit, memory
 from experiments.benchmarks.__main__ import main
 from experiments.benchmarks.peers import links_runner
 
-TINY = workloads.W1._replace(name="tiny", sizes=lambda rng: np.array([57, 31, 80, 44, 10]), cohorts=(2,))
+TINY = workloads.W1._replace(
+    name="tiny", sizes=lambda rng: np.array([57, 31, 80, 44, 10]), cohorts=(2,), made=("tests.experiments.test_benchmarks", "TINY")
+)
 
 
 @pytest.fixture(scope="module")
