@@ -12,7 +12,10 @@ from experiments.benchmarks.__main__ import main
 from experiments.benchmarks.peers import links_runner
 
 TINY = workloads.W1._replace(
-    name="tiny", sizes=lambda rng: np.array([57, 31, 80, 44, 10]), cohorts=(2,), made=("tests.experiments.test_benchmarks", "TINY")
+    name="tiny",
+    sizes=lambda rng: np.array([57, 31, 80, 44, 10]),
+    cohorts=(2,),
+    made=("tests.experiments.test_benchmarks", "TINY"),
 )
 
 
