@@ -58,7 +58,7 @@ def server(module: str, name: str, arguments: Mapping[str, Any], without: tuple[
       without: variables that its environment lacks.
 
     Raises:
-      Failed: when it is called, if the process ended.
+      Failed: the process ended, at its start or when it is called.
     """
     command = [sys.executable, "-c", SERVER, json.dumps([module, name, dict(arguments)])]
     surroundings = {key: value for key, value in os.environ.items() if key not in without}

@@ -7,6 +7,7 @@ loop over a jitted step: XLA:CPU leaves convolutions inside loops in a slow form
 scan would be too easy to beat. ``--in-scan`` shows by how much.
 """
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -95,10 +96,17 @@ def measure(
         process = engine.process(work.algorithm(), data, fl.fixed(drawn), devices)
         ours = engine.rounds(process, process.init(jax.random.key(draw)))
         arguments = {"place": work.place, "cohort": cohort, "draw": draw}
-        with fresh.server(__name__, "loop", arguments, (fl.devices.THREADS,)) as theirs:
+        with elsewhere(loop, arguments) as theirs:
             times = pairs.alternating_pairs((functools.partial(pairs.seconds, ours), theirs), runs)
         out += pairs.scaled(times, 1e6 / work.steps(np.asarray(data.sizes)[drawn]))
     return out
+
+
+def elsewhere(function: Callable, arguments: dict[str, Any]) -> contextlib.AbstractContextManager[Callable]:
+    """What the function gives; on a CPU in a process of its own, which has other threads than this one."""
+    if jax.default_backend() != "cpu":  # one process takes an accelerator's memory
+        return contextlib.nullcontext(function(**arguments))
+    return fresh.server(__name__, function.__name__, arguments, (fl.devices.THREADS,))
 
 
 def draw_of(data: fl.FederatedData, cohort: int, draw: int) -> np.ndarray:
@@ -109,8 +117,8 @@ def draw_of(data: fl.FederatedData, cohort: int, draw: int) -> np.ndarray:
 def loop(place: Sequence[Any], cohort: int, draw: int) -> Callable[[int], float]:
     """``repeats -> seconds`` of the hand-written loop over a cohort's batches.
 
-    In a process of its own, with a CPU of one device and as many threads as XLA chooses: ours, for several devices,
-    would cost the loop a tenth to a half.
+    To be called :func:`elsewhere`, with a CPU of one device and as many threads as XLA chooses: ours, for several
+    devices, would cost the loop a tenth to a half.
     """
     work = found(*place)
     data = work.data()
@@ -140,7 +148,7 @@ def in_scan(work: Workload, data: fl.FederatedData, runs: int, steps: int = 3) -
 
 def matrix_rate(size: int = 2048, runs: int = 5) -> float:
     """The best rate of a large float32 matrix product, in gigaflop per second, where the loops run."""
-    with fresh.server(__name__, "matrix_products", {"size": size}, (fl.devices.THREADS,)) as rate:
+    with elsewhere(matrix_products, {"size": size}) as rate:
         return rate(runs)
 
 
