@@ -59,7 +59,7 @@ def unique_ids(ids: Sequence[Hashable]) -> None:
 def federated(data: Any, what: str, *, empty: bool = False) -> None:
     """Refuse what isn't a FederatedData, and say how to come by one; and one without an example unless ``empty``."""
     if hasattr(data, "id_table"):
-        if not empty and not isinstance(data.sizes, Tracer) and not np.any(data.sizes):
+        if not empty and not isinstance(data.sizes, Tracer) and not np.any(np.asarray(data.sizes)):
             clients = len(data.sizes)
             raise ValueError(
                 f"{what} has no example: all {clients} clients are empty. A split leaves a client's only example in "

@@ -139,6 +139,12 @@ def test_every_cell_for_any_batch_and_logging_points(batch, every):
             assert_same_run(result.cell(rate=rate, seed=seed), fl.run(own_walk(rate), 7, seed=seed, every=7))
 
 
+def test_data_on_a_device_may_be_given_within_make_process():
+    data = softmax_data().on_device()
+    make = lambda rate: fl.synchronous(fedavg(softmax_model(), optax.sgd(rate)), data)
+    assert_close(fl.sweep(make, 2, [0], rate=[0.1]).params["w"][0, 0], fl.run(make(0.1), 2).params["w"])
+
+
 def test_seeds_alone():
     process = walk()
     result = fl.sweep(lambda: process, 4, [2, 9], every=4)

@@ -30,7 +30,7 @@ from tests.promises import resuming
 
 pytestmark = pytest.mark.usefixtures("compile_once")
 ROOT = pathlib.Path(__file__).parents[2]
-ROUNDS = 400
+ROUNDS_A_KILL = 60  # a checkpoint every second round takes some 10 ms, a session lives up to .4 s beyond its first
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +56,29 @@ def compile_once(tmp_path_factory):
 # ---- row 1: killed at any moment ----
 
 
-def reference(build, folder):
+def reference(build, folder, rounds):
     """An uninterrupted run: its result, and the digest of its state after every logging point."""
     digests = {}
 
     def remember(info):
         digests[info.round] = state_digest(info.state)
 
-    result = fl.run(build(), ROUNDS, out=folder, every=2, callbacks=remember, checkpoint_every=1e9)
+    result = fl.run(build(), rounds, out=folder, every=2, callbacks=remember, checkpoint_every=1e9)
     return result, digests
 
 
-def start_forked(out, cache):
+def start_forked(out, rounds, cache):
     """A session of the walk in a process forked from one that has only imported what it needs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["orbax.checkpoint", "rich.progress", "tests.promises.resuming"])
-    process = context.Process(target=resuming.forked_session, args=(str(out), ROUNDS))
+    process = context.Process(target=resuming.forked_session, args=(str(out), rounds))
     process.start()
     return process.pid, process.is_alive, process.join
 
 
-def start_fresh(out, cache):
+def start_fresh(out, rounds, cache):
     """A session of the federated run in a fresh Python."""
-    command = [sys.executable, "-m", "tests.promises.resuming", str(out), str(ROUNDS), "0", str(cache)]
+    command = [sys.executable, "-m", "tests.promises.resuming", str(out), str(rounds), "0", str(cache)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     return process.pid, lambda: process.poll() is None, process.wait
 
@@ -87,17 +87,17 @@ def newest(out):
     return next(iter(checkpoint.newest_first(out / "checkpoints")), None)
 
 
-def kill_once(start, out, cache, rng):
+def kill_once(start, out, rounds, cache, rng):
     """Begin a session and kill it at a random moment after its first checkpoint."""
     before = newest(out)
-    pid, alive, join = start(out, cache)
+    pid, alive, join = start(out, rounds, cache)
     deadline = time.monotonic() + 120
     try:
         while newest(out) in (None, before):
             assert alive() and time.monotonic() < deadline, "the session ended or hung before a checkpoint"
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.4))
-        assert alive(), "the session ended before it was killed: ROUNDS is too small"
+        assert alive(), "the session ended before it was killed: ROUNDS_A_KILL is too small"
     finally:
         if alive():
             os.kill(pid, signal.SIGKILL)
@@ -105,15 +105,15 @@ def kill_once(start, out, cache, rng):
 
 
 def survives_kills(build, start, kills, tmp_path, seed):
-    rng = random.Random(seed)
-    whole, digests = reference(build, tmp_path / "whole")
+    rng, rounds = random.Random(seed), ROUNDS_A_KILL * kills
+    whole, digests = reference(build, tmp_path / "whole", rounds)
     out = tmp_path / "killed"
     for _ in range(kills):
-        kill_once(start, out, tmp_path / "cache", rng)
+        kill_once(start, out, rounds, tmp_path / "cache", rng)
         record = checkpoint.read_record(newest(out))
         restored = checkpoint.restore(newest(out), whole.state)
         assert state_digest(restored.state) == digests[record["round"]]
-    result = fl.run(build(), ROUNDS, out=out, every=2, checkpoint_every=1e9)
+    result = fl.run(build(), rounds, out=out, every=2, checkpoint_every=1e9)
     assert_same_bits(result.state, whole.state)
     assert result.metrics == whole.metrics
     assert (out / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
