@@ -236,7 +236,7 @@ class FederatedData:
 
     @property
     def num_examples(self) -> int:
-        return int(np.sum(self.sizes))
+        return int(np.sum(np.asarray(self.sizes)))
 
     @property
     def ids(self) -> Sequence[Hashable]:

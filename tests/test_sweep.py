@@ -141,7 +141,7 @@ def test_every_cell_for_any_batch_and_logging_points(batch, every):
 
 def test_data_on_a_device_may_be_given_within_make_process():
     data = softmax_data().on_device()
-    make = lambda rate: fl.synchronous(fedavg(softmax_model(), optax.sgd(rate)), data)
+    make = lambda rate: fl.synchronous(fedavg(softmax_model(), optax.sgd(rate / data.num_examples)), data)
     assert_close(fl.sweep(make, 2, [0], rate=[0.1]).params["w"][0, 0], fl.run(make(0.1), 2).params["w"])
 
 
