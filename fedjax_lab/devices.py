@@ -27,7 +27,7 @@ def _enough_threads(devices: int) -> None:
     none: devices stood still within a hundred rounds. And helpers that a parallel loop asks for and no longer needs
     stay in the queues of busy threads; with a thousand in a queue the next task runs at once inside the one that asks
     for it, and Eigen's convolution packs its second slice of inputs over the first (a comment of its own names that
-    danger). On two devices W3's first layer got wrong gradients from the 44th step of a round on (jax 0.10.2, where
+    danger). On two devices W3's first layer got wrong gradients after some fifty steps of a round (jax 0.10.2, where
     the gradient of the second layer's inputs is XLA's convolution). A thread that no device holds empties the queues.
     """
     if devices > 1 and not _runs():
@@ -101,8 +101,8 @@ def jit(function: Callable, mesh: Mesh | None, **options: Any) -> Callable:
 
     On a CPU such a program waits until the last one has ended: devices share threads, and stand still when those of
     two programs are all held up in exchanges. And where the devices hold all cores each computes by itself: a kernel
-    that is cut up for other threads asks for helpers that come too late (W1 took half as long again). Inside of other
-    programs it is the function itself.
+    that is cut up for other threads asks for helpers that come too late (with a thread to spare, a sweep of W1 took
+    half as long again). Inside of other programs it is the function itself.
     """
     plain = jax.jit(function, **options)
     if mesh is None or jax.default_backend() != "cpu":
@@ -174,7 +174,7 @@ def warn_of_few_threads(used: Iterable[Any]) -> None:
     """Several CPU devices that hold all of XLA's threads: a RuntimeWarning. See ``_enough_threads``."""
     there = jax.local_devices()
     count = len(set(used).intersection(there))
-    threads = max(int(os.environ.get(THREADS) or os.cpu_count() or 1), len(there))
+    threads = max(int(os.environ.get(THREADS) or _cores()), len(there))
     if there[0].platform == "cpu" and count > 1 and threads <= count:
         warnings.warn(
             f"{count} CPU devices hold all of XLA's {threads} threads: long rounds may stand still or get wrong "

@@ -142,7 +142,6 @@ def test_a_thread_stays_free_beside_the_devices_own(cores):
 
 def test_devices_that_hold_all_cores_cut_no_kernel_up():
     script = """
-    import os
     import fedjax_lab as fl
     cores = fl.devices.use_cores()
     import jax, jax.numpy as jnp
