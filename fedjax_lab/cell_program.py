@@ -16,6 +16,7 @@ import optax
 from jax.core import eval_jaxpr
 
 from fedjax_lab import checks
+from fedjax_lab.compiling import is_small
 from fedjax_lab.grids import Cells, Number
 from fedjax_lab.process import Process
 
@@ -24,10 +25,14 @@ MakeProcess = Callable[..., Process]
 
 
 class Traced(NamedTuple):
-    """A function of pytrees, traced once: ``call(consts, *arguments)``."""
+    """A function of pytrees, traced once: ``call(consts, *arguments)``.
+
+    ``small``: nothing that it computes is worth cutting up for threads.
+    """
 
     call: Callable[..., PyTree]
     consts: list[jax.Array]
+    small: bool
 
 
 class CellProgram(NamedTuple):
@@ -167,7 +172,7 @@ def _traced(function: Callable, *arguments: PyTree) -> tuple[Traced, PyTree]:
     def call(consts, *arguments):
         return structure.unflatten(eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(arguments)))
 
-    return Traced(call, [jnp.asarray(const) for const in closed.consts]), shape
+    return Traced(call, [jnp.asarray(const) for const in closed.consts], is_small(closed.jaxpr)), shape
 
 
 def _explained(error: Exception, make_process: MakeProcess, first: dict, reference: Process, params) -> ValueError:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_lab import checks
+from fedjax_lab import checks, compiling
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData, Ids
-from fedjax_lab.devices import AXIS, jit
+from fedjax_lab.devices import AXIS
 from fedjax_lab.evaluation import (
     Evaluate,
     Evaluation,
@@ -149,7 +149,7 @@ def _prepare(process: Process, test: FederatedData, support: FederatedData, roun
 
         return jax.lax.fori_loop(0, rounds, one, (server, empty_states(round, server, support, devices)))
 
-    return Newcomers(within, jit(join, mesh))
+    return Newcomers(within, compiling.jit(join, mesh))
 
 
 def _of_single_clients(round: Round, support: FederatedData, trained: PyTree) -> PyTree:

@@ -1,10 +1,9 @@
 """The devices of a run: a mesh along which the clients of a cohort are shared out."""
 
-import functools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -59,7 +58,7 @@ def _asked_for() -> int:
 _enough_threads(2 * _asked_for() if _asked_for() > 1 else 1)
 
 
-def _cores() -> int:
+def cores() -> int:
     """How many of the computer's cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -79,7 +78,7 @@ def use_cores(count: int | None = None) -> int:
     Raises:
       RuntimeError: JAX runs already.
     """
-    count = _cores() if count is None else count
+    count = cores() if count is None else count
     checks.positive(count, "count", integer=True)
     try:
         jax.config.update("jax_num_cpu_devices", count)
@@ -91,44 +90,6 @@ def use_cores(count: int | None = None) -> int:
     if count > 1:  # a dispatch that waits for another's results may hold a thread too
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     return count
-
-
-_under_way: list[jax.Array] = []  # a result of the last program that was sent off to several CPU devices
-
-
-def jit(function: Callable, mesh: Mesh | None, **options: Any) -> Callable:
-    """``jax.jit`` of a function whose work is shared out over a mesh; for ``None`` nothing else.
-
-    On a CPU such a program waits until the last one has ended: devices share threads, and stand still when those of
-    two programs are all held up in exchanges. And where the devices hold all cores each computes by itself: a kernel
-    that is cut up for other threads asks for helpers that come too late (with a thread to spare, a sweep of W1 took
-    half as long again). Inside of other programs it is the function itself.
-    """
-    plain = jax.jit(function, **options)
-    if mesh is None or jax.default_backend() != "cpu":
-        return plain
-    program = jax.jit(function, compiler_options=by_itself(mesh), **options)
-
-    @functools.wraps(program)
-    def alone(*arguments):
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
-            return plain(*arguments)
-        if _under_way and not _under_way[0].is_deleted():
-            jax.block_until_ready(_under_way[0])
-        out = program(*arguments)
-        _under_way[:] = [min(jax.tree.leaves(out), key=lambda leaf: leaf.size)]
-        return out
-
-    alone.lower = program.lower  # pyright: ignore[reportAttributeAccessIssue]
-    return alone
-
-
-def by_itself(mesh: Mesh) -> dict[str, Any] | None:
-    """XLA's options for a program over a mesh: no kernel cut up for threads if its devices hold all cores of a CPU."""
-    used = len(set(mesh.devices.flat).intersection(jax.local_devices()))
-    if mesh.devices.flat[0].platform != "cpu" or used < _cores():
-        return None
-    return {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
 
 
 def mesh(count: int | None = None) -> Mesh:
@@ -174,7 +135,7 @@ def warn_of_few_threads(used: Iterable[Any]) -> None:
     """Several CPU devices that hold all of XLA's threads: a RuntimeWarning. See ``_enough_threads``."""
     there = jax.local_devices()
     count = len(set(used).intersection(there))
-    threads = max(int(os.environ.get(THREADS) or _cores()), len(there))
+    threads = max(int(os.environ.get(THREADS) or cores()), len(there))
     if there[0].platform == "cpu" and count > 1 and threads <= count:
         warnings.warn(
             f"{count} CPU devices hold all of XLA's {threads} threads: long rounds may stand still or get wrong "

@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import PartitionSpec as P
 
-from fedjax_lab import aggregators, checks, devices
+from fedjax_lab import aggregators, checks, compiling
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_over_client
@@ -228,7 +228,7 @@ def _compile(process: Process, personal: bool, sizes: np.ndarray, specs: PyTree,
         values = {n: keep(v) for n, v in answers.metrics.items()}
         return keep(answers.weights).astype(jnp.int32), values, (test.sizes > 0) & ~answers.ok
 
-    return devices.jit(function, mesh)
+    return compiling.jit(function, mesh)
 
 
 def global_metrics(test: FederatedData) -> Evaluate:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedjax_lab import devices, hosts, run_folder
+from fedjax_lab import compiling, hosts, run_folder
 from fedjax_lab.callbacks import Callback, Info
 from fedjax_lab.process import HostStep, Process
 from fedjax_lab.progress import headline
@@ -220,4 +220,4 @@ def _many(step: Callable, length: int, mesh: Mesh | None) -> Callable:
     def many(state, data, count):
         return rounds_of(lambda state: step(state, data), length, state, count)
 
-    return devices.jit(many, mesh, donate_argnums=0)
+    return compiling.jit(many, mesh, donate_argnums=0)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_lab import checks, hosts, memory
+from fedjax_lab import checks, compiling, hosts, memory
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.fetching import (
@@ -132,7 +132,7 @@ def _programs(round: Round, sampler: Sampler, lanes: int | None, sizes: np.ndarr
         after = strong(sampler.update(drawn.sampler, answers.ids, answers.ok, answers.metrics))
         return strong(server), answers.clients, after, cohort_metrics(answers) | server_metrics
 
-    return jax.jit(start), jax.jit(draw), jax.jit(compute)
+    return jax.jit(start), jax.jit(draw), compiling.jit(compute)
 
 
 def _stepper(draw: Callable, compute: Callable, cohort: int, foreseen: bool) -> Callable:

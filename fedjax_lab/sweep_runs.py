@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import checks
 from fedjax_lab.cell_program import CellProgram, Traced
-from fedjax_lab.devices import by_itself, warn_of_few_threads
+from fedjax_lab.compiling import chosen
+from fedjax_lab.devices import cores, warn_of_few_threads
 from fedjax_lab.grids import Cells
 from fedjax_lab.process import Process
 from fedjax_lab.session import rounds_of
@@ -53,6 +55,16 @@ def side_by_side(program: CellProgram, cells: Cells, devices: int) -> int:
     return max(1, SMALL // max(program.size, 1)) * max(devices, 1)
 
 
+def threads_for(program: CellProgram, at_once: int, devices: Sequence[Device]) -> int:
+    """How many of the host's threads send off blocks of cells: where a CPU's cores are one device, one for each.
+
+    A small model's round keeps one core busy. XLA runs what one thread sends off one after the other, and what several
+    do at the same time: eight cells of W1 took half as long in two blocks (two cores).
+    """
+    alone = len(devices) == 1 and devices[0].platform == "cpu" and program.step.small
+    return min(cores(), at_once) if alone else 1
+
+
 class Block(NamedTuple):
     """Cells that run side by side: each one's hyper-parameters, and its state, ``[width, ...]``."""
 
@@ -74,10 +86,13 @@ class Runs:
     ):
         begin = time.monotonic()
         self.program, self.cells, self.many = program, cells, None
-        count = min(len(devices), batch, cells.count) or 1
-        blocks = -(-cells.count // batch)
-        self.abreast = -(-cells.count // (blocks * count))  # on one device
+        at_once = min(batch, cells.count)
+        count, threads = min(len(devices), at_once) or 1, threads_for(program, at_once, devices)
+        waves = -(-cells.count // at_once)
+        self.abreast = -(-cells.count // (waves * threads * count))  # in one block on one device
         self.width = self.abreast * count
+        blocks = -(-cells.count // self.width)
+        self.senders = [ThreadPoolExecutor(1, "fedjax_lab-cells") for _ in range(threads if threads > 1 else 0)]
         warn_of_few_threads(devices[:count])
         self.home = devices[0] if count > 1 else None
         self.mesh = Mesh(np.array(devices[:count]), (AXIS,)) if count > 1 else None
@@ -108,11 +123,11 @@ class Runs:
             function = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
             places = tuple(NamedSharding(self.mesh, spec) for spec in specs)
             put = lambda given: tuple(map(jax.device_put, given, places))  # an array without entries loses its place
-            compiled = (
-                jax.jit(function, in_shardings=places, **options).lower(*put(given)).compile(by_itself(self.mesh))
-            )
+            traced = jax.jit(function, in_shardings=places, **options).trace(*put(given))
+            compiled = traced.lower().compile(chosen(traced.jaxpr.jaxpr, self.mesh))
             return lambda *given: compiled(*put(given))
-        return jax.jit(function, **options).lower(*given).compile()
+        traced = jax.jit(function, **options).trace(*given)
+        return traced.lower().compile(chosen(traced.jaxpr.jaxpr))
 
     def _by_cell(self, function: Callable) -> Callable:
         """The function over a device's cells. One alone isn't batched: its convolutions would become grouped ones."""
@@ -123,7 +138,7 @@ class Runs:
 
     def advance(self, count: int, length: int) -> list[PyTree]:
         """Enqueue ``count`` rounds, of at most ``length``; gives each block's metrics, ``[length, width, ...]``."""
-        logs = []
+        sent: list[Any] = []
         for i, block in enumerate(self.blocks):
             given = (block.state, block.values, self.data, self.program.step.consts, np.int32(count))
             if self.many is None:
@@ -131,10 +146,11 @@ class Runs:
                 out = (P(AXIS), P(None, AXIS))
                 self.many = self._compiled(self._rounds(length), given, 2, out, donate_argnums=0)
                 self.compile_seconds += time.monotonic() - begin
-            state, log = self.many(*given)
-            self.blocks[i] = block._replace(state=state)
-            logs.append(log)
-        return logs
+            send = self.senders[i % len(self.senders)].submit if self.senders else lambda call, *given: call(*given)
+            sent.append(send(self.many, *given))
+        done = [each.result() for each in sent] if self.senders else sent
+        self.blocks = [block._replace(state=state) for block, (state, _) in zip(self.blocks, done, strict=True)]
+        return [log for _, log in done]
 
     def _rounds(self, length: int) -> Callable:
         call = self.program.step.call

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fedjax_lab as fl
+from fedjax_lab import compiling
 from fedjax_lab import devices as fl_devices
 from fedjax_lab.session import rounds_of
 
@@ -44,7 +45,7 @@ def dispatches(process: fl.Process, state: Any, count: int) -> Callable[[], Any]
     def many(state, data):
         return rounds_of(lambda state: process.step(state, data), count, state, jnp.int32(count))
 
-    many = fl_devices.jit(many, process.mesh, donate_argnums=0)
+    many = compiling.jit(many, process.mesh, donate_argnums=0)
     held = [jax.tree.map(jnp.copy, state)]
 
     def call():

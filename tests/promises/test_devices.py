@@ -145,9 +145,10 @@ def test_devices_that_hold_all_cores_cut_no_kernel_up():
     import fedjax_lab as fl
     cores = fl.devices.use_cores()
     import jax, jax.numpy as jnp
+    from fedjax_lab import compiling
     loop = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: jnp.sin(x) * x, x)
     for mesh in (None, fl.devices.mesh()):
-        program = fl.devices.jit(loop, mesh).lower(jnp.ones((2000, 2000))).compile()
+        program = compiling.jit(loop, mesh).lower(jnp.ones((2000, 2000))).compile()
         print(cores, 'outer_dimension_partitions":["' in program.as_text())
     """
     cores, usual, _, over_devices = in_a_process(script).split()

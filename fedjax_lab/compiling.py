@@ -1,0 +1,131 @@
+"""How a program is compiled on a CPU, by what it computes.
+
+XLA cuts kernels up for threads, and leaves matrix products to libraries that do so themselves. That pays off for large
+arrays. A small model's step is some twenty kernels of a microsecond each, and XLA takes the one that reads a batch from
+the population's array for large, as the array is: on two cores a round of logistic regression (W1) took 2.5 times as
+long. Other backends compile everything as they do by themselves.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend.core import Jaxpr
+from jax.sharding import Mesh
+
+from fedjax_lab import devices
+from fedjax_lab.program import flops
+from fedjax_lab.rewriting import programs_of
+
+Options = dict[str, Any]
+
+# Operations of a step, and numbers in an array, up to which no kernel is worth cutting up. On one device of two cores
+# a perceptron's step of .5 million operations took .75 of its time uncut, one of 5 million .93, one of 66 million 1.19.
+SMALL, LARGEST = 1e7, 1 << 18
+# Up to here the libraries' calls cost more than their arithmetic (W1: .024 million; .85 of its time without). Products
+# of a perceptron with .5 million are faster in a library.
+TINY = 2e5
+UNCUT: Options = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
+ONE_THREAD: Options = {"xla_cpu_multi_thread_eigen": False}  # in products and convolutions
+# Loops instead of a library's products, and the older of XLA's two emitters of kernels: W1 took .97 to 1.02 of its
+# time and was compiled in 1.0 s instead of 1.5. Larger models' kernels are up to a third slower.
+PLAIN: Options = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+    "xla_cpu_use_fusion_emitters": False,
+}
+# Tables of clients' states are written where they are, a few rows at a time.
+IN_PLACE = ("scatter", "dynamic_update_slice")
+
+
+def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callable:
+    """``jax.jit`` of a function, compiled as its first arguments say is fast; inside of other programs ``jax.jit``.
+
+    Over a mesh of CPU devices a program waits until the last one has ended: devices share threads, and stand still
+    when those of two programs are all held up in exchanges.
+
+    Args:
+      function: of pytrees.
+      mesh: devices that its work is shared out over.
+      **options: of ``jax.jit``.
+    """
+    plain, made = jax.jit(function, **options), None
+    if jax.default_backend() != "cpu":
+        return plain
+
+    def program(arguments: tuple) -> Callable:
+        nonlocal made
+        if made is None:  # traced once: both have the same function
+            found = chosen(plain.trace(*arguments).jaxpr.jaxpr, mesh)
+            made = jax.jit(function, compiler_options=found, **options) if found else plain
+        return made
+
+    @functools.wraps(function)
+    def call(*arguments):
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+            return plain(*arguments)
+        if mesh is None:
+            return program(arguments)(*arguments)
+        if _under_way and not _under_way[0].is_deleted():
+            jax.block_until_ready(_under_way[0])
+        out = program(arguments)(*arguments)
+        _under_way[:] = [min(jax.tree.leaves(out), key=lambda leaf: leaf.size)]
+        return out
+
+    call.lower = lambda *arguments: program(arguments).lower(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
+    return call
+
+
+_under_way: list[jax.Array] = []  # a result of the last program that was sent off to several CPU devices
+
+
+def chosen(program: Jaxpr, mesh: Mesh | None = None) -> Options | None:
+    """XLA's options for a program on a CPU's devices; ``None`` elsewhere, and where its own choice is best.
+
+    A mesh that holds all cores leaves no thread to cut anything up for. Helpers that a kernel asks for come too late
+    (with a thread to spare, a sweep of W1 took half as long again), and can do harm, see ``devices._enough_threads``.
+    """
+    first = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if first.platform != "cpu":
+        return None
+    held = 1 if mesh is None else len(set(mesh.devices.flat).intersection(jax.local_devices()))
+    alone = held >= devices.cores() > 1
+    small = is_small(program)
+    tiny = small and flops(program) <= TINY
+    options = (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | (PLAIN if tiny else {})
+    return _known(tuple(options.items())) or None
+
+
+def is_small(program: Jaxpr) -> bool:
+    """Is nothing that it computes worth cutting up for threads?"""
+    return flops(program) <= SMALL and largest(program) <= LARGEST
+
+
+def largest(program: Jaxpr) -> int:
+    """Numbers in the largest floating-point array that an equation makes anew."""
+    made: list[Any] = [
+        v.aval
+        for eqn in program.eqns
+        if not any(programs_of(eqn)) and not eqn.primitive.name.startswith(IN_PLACE)
+        for v in eqn.outvars
+    ]
+    own = [math.prod(array.shape) for array in made if jnp.issubdtype(array.dtype, jnp.floating)]
+    return max(own + [largest(sub) for eqn in program.eqns for sub in programs_of(eqn)], default=0)
+
+
+@functools.lru_cache(maxsize=8)
+def _known(options: tuple[tuple[str, Any], ...]) -> Options:
+    """Those of the options that this version of XLA has."""
+
+    def takes(options: tuple) -> bool:
+        try:
+            jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
+        except Exception:  # a name or a value that it doesn't know
+            return False
+        return True
+
+    return dict(options if takes(options) else itertools.chain(o for o in options if takes((o,))))
