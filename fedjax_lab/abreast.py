@@ -5,28 +5,62 @@ cell's. Here ``vmap`` over cells makes one cohort of theirs, ordered by work lik
 the server, the key and the hyper-parameters of its own cell, and adds to its own cell's sums.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 from fedjax_lab.lanes import plan, side_by_side
+from fedjax_lab.packing import Parts, in_parts, train
+from fedjax_lab.program import Program
 from fedjax_lab.states import gather, rows, scatter
 
 PyTree = Any
 
+# Bytes of what all clients of a packed cohort begin and end with; beyond, they run in chunks.
+MOST_HELD = 1 << 26
+
+
+class Cells(NamedTuple):
+    """What the clients' turns of several cells read.
+
+    ``turn``: ``(server, data, env, key, *slot)`` of one client, traced with the constants ``consts``. ``given``:
+    ``(consts, server, key)``, of each cell where ``own``, else of all; ``env``: of each.
+    """
+
+    count: int
+    turn: Program
+    given: PyTree
+    own: PyTree
+    data: PyTree
+    env: PyTree
+
+    def inputs(self, cell: jax.Array, *slot: PyTree) -> tuple[list[Any], tuple]:
+        """The constants and the arguments of the turn of a client of ``cell``."""
+        mine = lambda x, own=True: x[jnp.minimum(cell, self.count - 1)] if own else x
+        consts, server, key = jax.tree.map(mine, self.given, self.own)
+        return consts, (server, self.data, jax.tree.map(mine, self.env), key, *slot)
+
+    def shared(self, *slot: PyTree) -> list[bool]:
+        """Which of them, leaf by leaf, are the same for all cells' clients."""
+        every = lambda tree, same: jax.tree.map(lambda _: same, tree)
+        consts, server, key = jax.tree.map(lambda own: not own, self.own)
+        of_turn = (server, every(self.data, True), every(self.env, False), key, *every(slot, False))
+        return [*consts, *jax.tree.leaves(of_turn)]
+
 
 def in_shared_lanes(
-    alone: Callable, turn: Callable, width: Callable[[int, int], int], work: Callable, summed: bool
+    alone: Callable, turn: Program, width: Callable[[int, int], int], work: Callable, summed: bool
 ) -> Callable:
     """``alone``, which under ``vmap`` runs the clients of all cells in the same lanes.
 
     Args:
       alone: ``(given, clients, data, env) -> (sums, turns, clients)``, one cell's cohort; ``given`` is what its
-        clients' turns read besides the data and the round's public facts.
-      turn: ``(given, data, env, client_id, present, state, known) -> (summands, turn)``, one client's.
+        clients' turns read besides the data and the round's public facts: ``(consts, server, key)``.
+      turn: ``(server, data, env, key, client_id, present, state, known) -> (summands, turn)``, one client's.
       width: ``(clients, cohorts) -> lanes``.
       work: ``(env, data) -> int[cohort]``, what each client's turn costs.
       summed: whether the summands are added up.
@@ -52,29 +86,73 @@ def in_shared_lanes(
         there = env.present.reshape(count).at[order].get(mode="fill", fill_value=False)
         entries = (order // cohort, take(ids), there, jax.tree.map(take, states), take(known))
         entries = jax.tree.map(lambda x: x.reshape(*slots.shape, *x.shape[1:]), entries)
-
-        def lane(cell, *slot):
-            mine = lambda x, own=True: x[jnp.minimum(cell, cells - 1)] if own else x
-            return turn(jax.tree.map(mine, given, own_given), data, jax.tree.map(mine, env), *slot)
-
-        def add(sums, chunk):
-            summands, turns = side_by_side(lane, slots.shape[1])(*chunk)
-            if summed:
-                sums = jax.tree.map(lambda a, b: a.at[chunk[0]].add(b, mode="drop"), sums, summands)
-            return sums, turns
-
-        zeros = ()
-        if summed:
-            shapes = jax.eval_shape(lane, *jax.tree.map(lambda x: x[0, 0], entries))[0]
-            zeros = jax.tree.map(lambda s: jnp.zeros((cells, *s.shape), s.dtype), shapes)
-        sums, turns = jax.lax.scan(add, zeros, entries)
         seat = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(len(order)), mode="drop")
         back = lambda x: rows(x.reshape(len(order), *x.shape[2:]), seat).reshape(cells, cohort, *x.shape[2:])
-        turns = jax.tree.map(back, turns)
+        all_ = Cells(cells, turn, given, own_given, data, env)
+        parts = in_parts(turn.jaxpr, all_.shared(*jax.tree.map(lambda x: x[0, 0], entries[1:])))
+        if parts is not None and _held(all_, parts, entries) <= MOST_HELD:
+            summands, turns = jax.tree.map(back, _packed(all_, parts, entries))
+            sums = jax.tree.map(lambda x: jnp.sum(x, 1, x.dtype), summands) if summed else ()
+        else:
+            sums, turns = _chunk_by_chunk(all_, entries, summed)
+            turns = jax.tree.map(back, turns)
         out = (sums, turns._replace(state=()), _scattered(clients, ids, turns))
         return out, jax.tree.map(lambda _: True, out)
 
     return function
+
+
+def _chunk_by_chunk(cells: Cells, entries: PyTree, summed: bool) -> tuple[PyTree, PyTree]:
+    """Each cell's sums, and turns ``[chunks, lanes, ...]``."""
+    lanes = entries[0].shape[1]
+
+    def one(*entry):
+        consts, arguments = cells.inputs(*entry)
+        return cells.turn.given(consts)(*arguments)
+
+    def add(sums, chunk):
+        summands, turns = side_by_side(one, lanes)(*chunk)
+        if summed:
+            sums = jax.tree.map(lambda a, b: a.at[chunk[0]].add(b, mode="drop"), sums, summands)
+        return sums, turns
+
+    zeros = ()
+    if summed:
+        shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0, 0], entries))[0]
+        zeros = jax.tree.map(lambda s: jnp.zeros((cells.count, *s.shape), s.dtype), shapes)
+    return jax.lax.scan(add, zeros, entries)
+
+
+def _packed(cells: Cells, parts: Parts, entries: PyTree) -> tuple[PyTree, PyTree]:
+    """Every client's summands and turn, ``[chunks, lanes, ...]``, whose training loops are packed."""
+    chunks, lanes = entries[0].shape
+    public, begin = _beginning(cells, parts, entries)
+    begun = jax.lax.scan(lambda _, chunk: ((), side_by_side(begin, lanes)(*chunk)), (), entries)[1]
+    facts, carry, kept = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), begun)
+    carry = train(parts, public, facts, carry, lanes)
+    out = jax.vmap(lambda kept, carry: parts.finish(public, kept, carry))(kept, carry)
+    return cells.turn.structure.unflatten([x.reshape(chunks, lanes, *x.shape[1:]) for x in out])
+
+
+def _beginning(cells: Cells, parts: Parts, entries: PyTree) -> tuple[list, Callable]:
+    """What is the same for all clients, and how each begins."""
+    slot = jax.tree.map(lambda x: x[0, 0], entries)
+    shared = cells.shared(*slot[1:])
+
+    def split(entry, same: bool) -> list:
+        consts, arguments = cells.inputs(*entry)
+        values = [*consts, *jax.tree.leaves(arguments)]
+        return [value for value, is_shared in zip(values, shared, strict=True) if is_shared == same]
+
+    public = parts.once(split(slot, True))
+    return public, lambda *entry: parts.begin(public, split(entry, False))
+
+
+def _held(cells: Cells, parts: Parts, entries: PyTree) -> int:
+    """Bytes of what all clients begin with."""
+    slot = jax.tree.map(lambda x: x[0, 0], entries)
+    each = jax.eval_shape(lambda slot: _beginning(cells, parts, entries)[1](*slot), slot)
+    return entries[0].size * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(each))
 
 
 def _gathered(clients: PyTree, ids: jax.Array) -> tuple[PyTree, jax.Array]:

@@ -190,7 +190,7 @@ def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.nda
         one = lambda *slot: own(given, data, env, *slot)
         return _on_device(round, one, clients, data.num_clients, env, schedule, None, False)
 
-    return in_shared_lanes(alone, own, width, work_of, round.aggregate.reduce is None) if abreast else alone
+    return in_shared_lanes(alone, turn, width, work_of, round.aggregate.reduce is None) if abreast else alone
 
 
 def work_of(env: Env, data: FederatedData) -> jax.Array:

@@ -20,6 +20,8 @@ class Program(NamedTuple):
       call: the function, for arguments of the shapes it was traced with.
       consts: arrays that the function closed over.
       given: ``consts -> call``, for others in their place.
+      jaxpr: its equations.
+      structure: of the result.
       flops: floating-point operations of its matrix products and convolutions, a loop's body counted once:
         for a client's turn, about those of one training step.
     """
@@ -27,6 +29,8 @@ class Program(NamedTuple):
     call: Callable
     consts: list[Any]
     given: Callable[[list[Any]], Callable]
+    jaxpr: Jaxpr
+    structure: Any
     flops: float
 
 
@@ -50,7 +54,7 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
 
         return call
 
-    return Program(given(traced.consts), traced.consts, given, cost)
+    return Program(given(traced.consts), traced.consts, given, traced.jaxpr, structure, cost)
 
 
 def flops(jaxpr: Jaxpr) -> float:
