@@ -53,7 +53,7 @@ class Cells(NamedTuple):
 
 
 def in_shared_lanes(
-    alone: Callable, turn: Program, width: Callable[[int, int], int], work: Callable, summed: bool
+    alone: Callable, turn: Program, width: Callable[[int, int, bool], int], work: Callable, summed: bool
 ) -> Callable:
     """``alone``, which under ``vmap`` runs the clients of all cells in the same lanes.
 
@@ -61,7 +61,7 @@ def in_shared_lanes(
       alone: ``(given, clients, data, env) -> (sums, turns, clients)``, one cell's cohort; ``given`` is what its
         clients' turns read besides the data and the round's public facts: ``(consts, server, key)``.
       turn: ``(server, data, env, key, client_id, present, state, known) -> (summands, turn)``, one client's.
-      width: ``(clients, cohorts) -> lanes``.
+      width: ``(clients, cohorts, packed) -> lanes``.
       work: ``(env, data) -> int[cohort]``, what each client's turn costs.
       summed: whether the summands are added up.
     """
@@ -79,19 +79,21 @@ def in_shared_lanes(
         ids, cohort = env.ids, env.ids.shape[1]
         count = cells * cohort
         costs = jax.vmap(lambda env: work(env, data))(env)
-        slots = plan(costs.reshape(count), width(count, cells)).slots
-        order = slots.reshape(-1)
         states, known = _gathered(clients, ids)
+        all_ = Cells(cells, turn, given, own_given, data, env)
+        slot = (jnp.int32(0), *jax.tree.map(lambda x: x[0, 0], (ids, env.present, states, known)))
+        parts = in_parts(turn.jaxpr, all_.shared(*slot[1:]))
+        packs = parts is not None and count * _held(all_, parts, slot) <= MOST_HELD
+        slots = plan(costs.reshape(count), width(count, cells, packs)).slots
+        order = slots.reshape(-1)
         take = lambda x: rows(x.reshape(count, *x.shape[2:]), jnp.minimum(order, count - 1))
         there = env.present.reshape(count).at[order].get(mode="fill", fill_value=False)
         entries = (order // cohort, take(ids), there, jax.tree.map(take, states), take(known))
         entries = jax.tree.map(lambda x: x.reshape(*slots.shape, *x.shape[1:]), entries)
         seat = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(len(order)), mode="drop")
         back = lambda x: rows(x.reshape(len(order), *x.shape[2:]), seat).reshape(cells, cohort, *x.shape[2:])
-        all_ = Cells(cells, turn, given, own_given, data, env)
-        parts = in_parts(turn.jaxpr, all_.shared(*jax.tree.map(lambda x: x[0, 0], entries[1:])))
-        if parts is not None and _held(all_, parts, entries) <= MOST_HELD:
-            summands, turns = jax.tree.map(back, _packed(all_, parts, entries))
+        if parts is not None and packs:
+            summands, turns = jax.tree.map(back, _packed(all_, parts, entries, slot))
             sums = jax.tree.map(lambda x: jnp.sum(x, 1, x.dtype), summands) if summed else ()
         else:
             sums, turns = _chunk_by_chunk(all_, entries, summed)
@@ -123,10 +125,10 @@ def _chunk_by_chunk(cells: Cells, entries: PyTree, summed: bool) -> tuple[PyTree
     return jax.lax.scan(add, zeros, entries)
 
 
-def _packed(cells: Cells, parts: Parts, entries: PyTree) -> tuple[PyTree, PyTree]:
+def _packed(cells: Cells, parts: Parts, entries: PyTree, slot: PyTree) -> tuple[PyTree, PyTree]:
     """Every client's summands and turn, ``[chunks, lanes, ...]``, whose training loops are packed."""
     chunks, lanes = entries[0].shape
-    public, begin = _beginning(cells, parts, entries)
+    public, begin = _beginning(cells, parts, slot)
     begun = jax.lax.scan(lambda _, chunk: ((), side_by_side(begin, lanes)(*chunk)), (), entries)[1]
     facts, carry, kept = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), begun)
     carry = train(parts, public, facts, carry, lanes)
@@ -134,9 +136,8 @@ def _packed(cells: Cells, parts: Parts, entries: PyTree) -> tuple[PyTree, PyTree
     return cells.turn.structure.unflatten([x.reshape(chunks, lanes, *x.shape[1:]) for x in out])
 
 
-def _beginning(cells: Cells, parts: Parts, entries: PyTree) -> tuple[list, Callable]:
-    """What is the same for all clients, and how each begins."""
-    slot = jax.tree.map(lambda x: x[0, 0], entries)
+def _beginning(cells: Cells, parts: Parts, slot: PyTree) -> tuple[list, Callable]:
+    """What is the same for all clients, and how each begins; ``slot`` is anyone's."""
     shared = cells.shared(*slot[1:])
 
     def split(entry, same: bool) -> list:
@@ -148,11 +149,10 @@ def _beginning(cells: Cells, parts: Parts, entries: PyTree) -> tuple[list, Calla
     return public, lambda *entry: parts.begin(public, split(entry, False))
 
 
-def _held(cells: Cells, parts: Parts, entries: PyTree) -> int:
-    """Bytes of what all clients begin with."""
-    slot = jax.tree.map(lambda x: x[0, 0], entries)
-    each = jax.eval_shape(lambda slot: _beginning(cells, parts, entries)[1](*slot), slot)
-    return entries[0].size * sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(each))
+def _held(cells: Cells, parts: Parts, slot: PyTree) -> int:
+    """Bytes of what a client begins with."""
+    each = jax.eval_shape(lambda slot: _beginning(cells, parts, slot)[1](*slot), slot)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(each))
 
 
 def _gathered(clients: PyTree, ids: jax.Array) -> tuple[PyTree, jax.Array]:

@@ -178,8 +178,8 @@ def _traced_turn(round: Round, server, clients: ClientStates, data: FederatedDat
 def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.ndarray | None, abreast: bool) -> Callable:
     """``(given, clients, data, env)`` -> as :func:`_on_device`; ``abreast``: cohorts under ``vmap`` share lanes."""
 
-    def width(clients: int, cohorts: int = 1) -> int:
-        return min(lanes * cohorts if lanes else choose(turn.flops, sizes, clients), clients)
+    def width(clients: int, cohorts: int = 1, packed: bool = False) -> int:
+        return min(lanes * cohorts if lanes else choose(turn.flops, sizes, clients, packed=packed), clients)
 
     def own(given, data, env, *slot):
         consts, server, key = given

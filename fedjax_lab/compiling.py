@@ -9,13 +9,13 @@ long. Other backends compile everything as they do by themselves.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import Mesh
 
 from fedjax_lab import devices
@@ -32,14 +32,12 @@ SMALL, LARGEST = 1e7, 1 << 18
 TINY = 2e5
 UNCUT: Options = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
 ONE_THREAD: Options = {"xla_cpu_multi_thread_eigen": False}  # in products and convolutions
-# Loops instead of a library's products, and the older of XLA's two emitters of kernels: W1 took .97 to 1.02 of its
-# time and was compiled in 1.0 s instead of 1.5. Larger models' kernels are up to a third slower.
-PLAIN: Options = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-    "xla_cpu_use_fusion_emitters": False,
-}
+# The newest library sums, and multiplies no matrices. (The older emitter of kernels, xla_cpu_use_fusion_emitters=False,
+# compiled W1 in 1.0 s instead of 1.5; but with 10 lanes it took 1.4 of the time, and a perceptron 1.1 to 1.35.)
+NO_CALLS: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 # Tables of clients' states are written where they are, a few rows at a time.
 IN_PLACE = ("scatter", "dynamic_update_slice")
+LOOPS = ("while", "scan")
 
 
 def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callable:
@@ -96,7 +94,7 @@ def chosen(program: Jaxpr, mesh: Mesh | None = None) -> Options | None:
     alone = held >= devices.cores() > 1
     small = is_small(program)
     tiny = small and flops(program) <= TINY
-    options = (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | (PLAIN if tiny else {})
+    options = (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | (NO_CALLS if tiny else {})
     return _known(tuple(options.items())) or None
 
 
@@ -106,15 +104,28 @@ def is_small(program: Jaxpr) -> bool:
 
 
 def largest(program: Jaxpr) -> int:
-    """Numbers in the largest floating-point array that an equation makes anew."""
-    made: list[Any] = [
-        v.aval
-        for eqn in program.eqns
-        if not any(programs_of(eqn)) and not eqn.primitive.name.startswith(IN_PLACE)
-        for v in eqn.outvars
-    ]
+    """Numbers in the largest floating-point array that an equation makes anew.
+
+    Where products are in loops, only of the innermost: what a step of training doesn't do is done seldom.
+    """
+    eqns = list(_unwrapped(program))
+    bodies = [sub for eqn in eqns for sub in programs_of(eqn)]
+    if steps := [body for body in bodies if flops(body)]:
+        return max(map(largest, steps))
+    new = [eqn for eqn in eqns if not any(programs_of(eqn)) and not eqn.primitive.name.startswith(IN_PLACE)]
+    made: list[Any] = [v.aval for eqn in new for v in eqn.outvars]
     own = [math.prod(array.shape) for array in made if jnp.issubdtype(array.dtype, jnp.floating)]
-    return max(own + [largest(sub) for eqn in program.eqns for sub in programs_of(eqn)], default=0)
+    return max([*own, *map(largest, bodies)], default=0)
+
+
+def _unwrapped(program: Jaxpr) -> Iterator[JaxprEqn]:
+    """Its equations and loops, those of the functions that it calls among them."""
+    for eqn in program.eqns:
+        if eqn.primitive.name in LOOPS or not any(programs_of(eqn)):
+            yield eqn
+        else:
+            for called in programs_of(eqn):
+                yield from _unwrapped(called)
 
 
 @functools.lru_cache(maxsize=8)

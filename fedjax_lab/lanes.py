@@ -110,7 +110,7 @@ def side_by_side(function: Callable, lanes: int) -> Callable:
     return alone
 
 
-def choose(flops: float, sizes: np.ndarray | None, cohort: int, devices: int = 1) -> int:
+def choose(flops: float, sizes: np.ndarray | None, cohort: int, devices: int = 1, packed: bool = False) -> int:
     """The number of lanes that a round should take the least time with.
 
     A chunk takes as many steps as its largest client and each step costs more the more lanes there are: small
@@ -121,6 +121,7 @@ def choose(flops: float, sizes: np.ndarray | None, cohort: int, devices: int = 1
       sizes: the population's sizes, of which cohorts are drawn; ``None`` takes them all for equal.
       cohort: clients in a round.
       devices: that share the cohort out.
+      packed: a lane takes up the next client when it has finished one (:mod:`fedjax_lab.packing`).
     """
     cost = CPU if jax.default_backend() == "cpu" else ACCELERATOR
     rng = np.random.default_rng(0)
@@ -131,7 +132,8 @@ def choose(flops: float, sizes: np.ndarray | None, cohort: int, devices: int = 1
 
     def time(lanes: int) -> float:
         step = cost.once + lanes * (cost.each + flops / cost.rate)
-        return step * sum(max(sum(draw[::lanes]) / devices, draw[0]) for draw in draws)
+        steps = lambda draw: sum(draw) / lanes if packed else sum(draw[::lanes])
+        return step * sum(max(steps(draw) / devices, draw[0]) for draw in draws)
 
     # Powers of two and what fills the cohort's chunks evenly.
     widest = max(min(cost.most, -(-cohort // devices)), 1)

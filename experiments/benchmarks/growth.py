@@ -1,7 +1,10 @@
 """``growth``: what a round costs as the cohort, the population, the model and the number of seeds grow."""
 
+import functools
 import pathlib
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,8 +12,8 @@ import optax
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
-from experiments.benchmarks import engine, handwritten, limit, pairs
-from experiments.benchmarks.workloads import W1, Workload, chosen
+from experiments.benchmarks import engine, fresh, handwritten, limit, pairs
+from experiments.benchmarks.workloads import W1, Workload, chosen, found
 
 
 class UnknownPart(ValueError):
@@ -125,34 +128,66 @@ def width(quick: bool) -> list[pairs.Measured]:
 def seeds(quick: bool, work: Workload = W1) -> list[pairs.Measured]:
     """Eight runs that differ in their seed, as one program, against a single run; with and without compiling.
 
-    A run's first dispatch compiles and isn't in its ``seconds``, and a sweep has its own fixed costs; the difference
-    between a long and a short run leaves the rounds.
+    Each side has a process of its own. First as anybody calls them, where a CPU is one device; then with its cores as
+    devices, which share out the cells of a sweep, and the clients of a single run's cohorts. A run's first dispatch
+    compiles and isn't in its ``seconds``, and a sweep has its own fixed costs; the difference between a long and a
+    short run leaves the rounds.
     """
-    data, short = work.data(), 25 if quick else 200
+    short, long, out = (25, 75, []) if quick else (200, 600, [])
+    for devices in (1, None):
+        label = f"{work.name}, 8 seeds" + ("" if devices else ", cores as devices")
+        given = {"place": work.place, "every": short, "devices": devices}
+        one, many = (functools.partial(fresh.server, __name__, f.__name__, given, (fl.devices.THREADS,)) for f in SIDES)
+        timed: list[tuple[pairs.Pair, ...]] = []
+        with many() as ours, one() as theirs:
+            for run in range(1 if quick else 5):
+                found = {}
 
-    def single(rounds: int) -> fl.Result:
+                def measure(side: int, found=found, asked=(ours, theirs)) -> float:
+                    found[side] = [asked[side](rounds) for rounds in (short, long)]
+                    return 0.0
+
+                load = pairs.alternating(run, measure).load
+                of = lambda time, found=found, load=load: pairs.Pair(time(*found[0]), time(*found[1]), load)
+                timed.append((of(lambda a, b: b[0] - a[0]), of(lambda a, b: sum(a)), of(lambda a, b: sum(b))))
+        units = (f"s/{long - short} rounds", f"s for {short}", f"s for {long}")
+        for unit, times in zip(units, zip(*timed, strict=True), strict=True):
+            out.append(pairs.show(pairs.summary(label, 10, "1 run", list(times), unit)))
+    return out
+
+
+def single_run(place: Sequence[Any], every: int, devices: int | None) -> Callable[[int], list[float]]:
+    """``rounds -> [seconds, seconds of compiling]`` of a run, in a process of its own."""
+    work, data = _placed(place, devices)
+
+    def measure(rounds: int) -> list[float]:
         process = engine.process(work.algorithm(), data, fl.uniform(10))
-        return fl.run(process, rounds, every=short, progress=False)
+        result = fl.run(process, int(rounds), every=every, progress=False)
+        return [result.seconds, result.compile_seconds]
 
-    def many(rounds: int) -> fl.SweepResult:
+    return measure
+
+
+def eight_seeds(place: Sequence[Any], every: int, devices: int | None) -> Callable[[int], list[float]]:
+    """The same of a sweep."""
+    work, data = _placed(place, devices)
+
+    def measure(rounds: int) -> list[float]:
         make = lambda: fl.synchronous(work.algorithm(), data, fl.uniform(10))
-        return fl.sweep(make, rounds, range(8), every=short, progress=False)
+        result = fl.sweep(make, int(rounds), range(8), every=every, progress=False)
+        return [result.seconds, result.compile_seconds]
 
-    whole, rest = [], []
-    for run in range(1 if quick else 5):
-        compiling: dict[int, float] = {}
+    return measure
 
-        def measure(side: int, compiling=compiling) -> float:
-            few, all_ = ((many, single)[side](rounds) for rounds in (short, 3 * short))
-            compiling[side] = all_.seconds + all_.compile_seconds
-            return all_.seconds - few.seconds
 
-        rest.append(pairs.alternating(run, measure))
-        whole.append(rest[-1]._replace(ours=compiling[0], theirs=compiling[1]))
-    return [
-        pairs.show(pairs.summary(f"{work.name}, 8 seeds", 10, "1 run", rest, f"s/{2 * short} rounds")),
-        pairs.show(pairs.summary(f"{work.name}, 8 seeds", 10, "1 run", whole, f"s for {3 * short}")),
-    ]
+SIDES = (single_run, eight_seeds)
+
+
+def _placed(place: Sequence[Any], devices: int | None) -> tuple[Workload, fl.FederatedData]:
+    if devices is None:
+        engine.use_all_cores()
+    work = found(*place)
+    return work, work.data()
 
 
 PARTS = {"cohort": cohort, "population": population, "width": width, "seeds": seeds}
