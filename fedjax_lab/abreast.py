@@ -90,7 +90,7 @@ def in_shared_lanes(
         there = env.present.reshape(count).at[order].get(mode="fill", fill_value=False)
         entries = (order // cohort, take(ids), there, jax.tree.map(take, states), take(known))
         entries = jax.tree.map(lambda x: x.reshape(*slots.shape, *x.shape[1:]), entries)
-        seat = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(len(order)), mode="drop")
+        seat = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32), mode="drop")
         back = lambda x: rows(x.reshape(len(order), *x.shape[2:]), seat).reshape(cells, cohort, *x.shape[2:])
         if parts is not None and packs:
             summands, turns = jax.tree.map(back, _packed(all_, parts, entries, slot))
