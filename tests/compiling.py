@@ -5,8 +5,12 @@ And the environment of a process that compiles as this one does, with CPU device
 
 import contextlib
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 
+from fedjax_lab.devices import THREADS
 from tests.refusals import COMPILED
 
 
@@ -25,3 +29,13 @@ def environment(devices: int | None = None) -> dict[str, str]:
     if devices is not None:
         flags.append(f"{count}={devices}")
     return os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+
+
+def in_a_process(script: str) -> str:
+    """What a script prints that chooses its own CPU devices and threads."""
+    env = {name: value for name, value in environment().items() if name != THREADS}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout

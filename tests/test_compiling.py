@@ -1,7 +1,5 @@
 """Programs on a CPU are compiled by what they compute."""
 
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +9,8 @@ import pytest
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from fedjax_lab import compiling, sweep_runs
+from tests.compiling import in_a_process
 from tests.problems import assert_close, softmax_data, softmax_model
-from tests.promises.test_devices import in_a_process
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is chosen is chosen for CPUs")
 
@@ -70,7 +68,7 @@ def test_a_small_models_round_is_not_cut_up_where_a_cpu_is_one_device():
     for step in (jax.jit(lambda *given: process.step(*given)), process.step):
         print('outer_dimension_partitions":["' in step.lower(state, process.data).compile().as_text())
     """
-    cut, ours = in_a_process(textwrap.dedent(script)).split()
+    cut, ours = in_a_process(script).split()
     assert ours == "False"
     assert cut == str(fl.devices.cores() > 1)
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import fedjax_lab as fl
 from fedjax_lab import models
+from tests.compiling import in_a_process
 
 KEY = jax.random.key(0)
 BATCH = {"x": jnp.ones((3, 2)), "y": jnp.zeros(3, jnp.int32)}
@@ -101,3 +103,16 @@ def test_nnx_trains_what_the_filter_says():
 def test_nnx_refuses_what_is_no_module(wrong):
     with pytest.raises(ValueError, match="needs an NNX module or a factory of one"):
         models.from_nnx(wrong)
+
+
+def test_nnx_is_imported_by_those_who_use_it():
+    script = """
+    import sys
+    import fedjax_lab as fl
+    before = "flax.nnx" in sys.modules
+    fl.models.from_nnx
+    print(before, "flax.nnx" in sys.modules)
+    """
+    assert in_a_process(script).split() == ["False", "True"]
+    with pytest.raises(AttributeError, match="from_nxn"):
+        _ = fl.models.from_nxn

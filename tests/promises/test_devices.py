@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from jax.sharding import Mesh
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
 from fedjax_lab import states
-from tests.compiling import environment
+from tests.compiling import environment, in_a_process
 from tests.problems import assert_close, softmax_data, softmax_model
 from tests.refusals import refused
 
@@ -174,13 +173,3 @@ def test_devices_that_hold_all_threads_are_warned_of():
     said = in_a_process(script)
     for words in (f"{count} CPU devices", f"use_cores({count})", "PJRT_NPROC"):
         assert words in said
-
-
-def in_a_process(script: str) -> str:
-    """What a script prints that chooses its own CPU devices and threads."""
-    env = {name: value for name, value in environment().items() if name != fl.devices.THREADS}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=env, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
