@@ -20,12 +20,12 @@ from fedjax_lab.states import gather, rows, scatter
 
 PyTree = Any
 
-# Bytes of what all clients of a packed cohort begin and end with; beyond, they run in chunks.
+# Bytes of what all clients of a packed cohort begin with; beyond, they run in chunks.
 MOST_HELD = 1 << 26
 
 
-class Cells(NamedTuple):
-    """What the clients' turns of several cells read.
+class Turns(NamedTuple):
+    """The turns of the clients of ``count`` cells, and what they read.
 
     ``turn``: ``(server, data, env, key, *slot)`` of one client, traced with the constants ``consts``. ``given``:
     ``(consts, server, key)``, of each cell where ``own``, else of all; ``env``: of each.
@@ -80,11 +80,12 @@ def in_shared_lanes(
         count = cells * cohort
         costs = jax.vmap(lambda env: work(env, data))(env)
         states, known = _gathered(clients, ids)
-        all_ = Cells(cells, turn, given, own_given, data, env)
+        all_ = Turns(cells, turn, given, own_given, data, env)
         slot = (jnp.int32(0), *jax.tree.map(lambda x: x[0, 0], (ids, env.present, states, known)))
         parts = in_parts(turn.jaxpr, all_.shared(*slot[1:]))
-        packs = parts is not None and count * _held(all_, parts, slot) <= MOST_HELD
-        slots = plan(costs.reshape(count), width(count, cells, packs)).slots
+        if parts is not None and count * _held(all_, parts, slot) > MOST_HELD:
+            parts = None
+        slots = plan(costs.reshape(count), width(count, cells, parts is not None)).slots
         order = slots.reshape(-1)
         take = lambda x: rows(x.reshape(count, *x.shape[2:]), jnp.minimum(order, count - 1))
         there = env.present.reshape(count).at[order].get(mode="fill", fill_value=False)
@@ -92,7 +93,7 @@ def in_shared_lanes(
         entries = jax.tree.map(lambda x: x.reshape(*slots.shape, *x.shape[1:]), entries)
         seat = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32), mode="drop")
         back = lambda x: rows(x.reshape(len(order), *x.shape[2:]), seat).reshape(cells, cohort, *x.shape[2:])
-        if parts is not None and packs:
+        if parts is not None:
             summands, turns = jax.tree.map(back, _packed(all_, parts, entries, slot))
             sums = jax.tree.map(lambda x: jnp.sum(x, 1, x.dtype), summands) if summed else ()
         else:
@@ -104,13 +105,13 @@ def in_shared_lanes(
     return function
 
 
-def _chunk_by_chunk(cells: Cells, entries: PyTree, summed: bool) -> tuple[PyTree, PyTree]:
+def _chunk_by_chunk(all_: Turns, entries: PyTree, summed: bool) -> tuple[PyTree, PyTree]:
     """Each cell's sums, and turns ``[chunks, lanes, ...]``."""
     lanes = entries[0].shape[1]
 
     def one(*entry):
-        consts, arguments = cells.inputs(*entry)
-        return cells.turn.given(consts)(*arguments)
+        consts, arguments = all_.inputs(*entry)
+        return all_.turn.given(consts)(*arguments)
 
     def add(sums, chunk):
         summands, turns = side_by_side(one, lanes)(*chunk)
@@ -121,27 +122,27 @@ def _chunk_by_chunk(cells: Cells, entries: PyTree, summed: bool) -> tuple[PyTree
     zeros = ()
     if summed:
         shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0, 0], entries))[0]
-        zeros = jax.tree.map(lambda s: jnp.zeros((cells.count, *s.shape), s.dtype), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros((all_.count, *s.shape), s.dtype), shapes)
     return jax.lax.scan(add, zeros, entries)
 
 
-def _packed(cells: Cells, parts: Parts, entries: PyTree, slot: PyTree) -> tuple[PyTree, PyTree]:
+def _packed(all_: Turns, parts: Parts, entries: PyTree, slot: PyTree) -> tuple[PyTree, PyTree]:
     """Every client's summands and turn, ``[chunks, lanes, ...]``, whose training loops are packed."""
     chunks, lanes = entries[0].shape
-    public, begin = _beginning(cells, parts, slot)
+    public, begin = _beginning(all_, parts, slot)
     begun = jax.lax.scan(lambda _, chunk: ((), side_by_side(begin, lanes)(*chunk)), (), entries)[1]
     facts, carry, kept = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), begun)
     carry = train(parts, public, facts, carry, lanes)
     out = jax.vmap(lambda kept, carry: parts.finish(public, kept, carry))(kept, carry)
-    return cells.turn.structure.unflatten([x.reshape(chunks, lanes, *x.shape[1:]) for x in out])
+    return all_.turn.structure.unflatten([x.reshape(chunks, lanes, *x.shape[1:]) for x in out])
 
 
-def _beginning(cells: Cells, parts: Parts, slot: PyTree) -> tuple[list, Callable]:
+def _beginning(all_: Turns, parts: Parts, slot: PyTree) -> tuple[list, Callable]:
     """What is the same for all clients, and how each begins; ``slot`` is anyone's."""
-    shared = cells.shared(*slot[1:])
+    shared = all_.shared(*slot[1:])
 
     def split(entry, same: bool) -> list:
-        consts, arguments = cells.inputs(*entry)
+        consts, arguments = all_.inputs(*entry)
         values = [*consts, *jax.tree.leaves(arguments)]
         return [value for value, is_shared in zip(values, shared, strict=True) if is_shared == same]
 
@@ -149,9 +150,9 @@ def _beginning(cells: Cells, parts: Parts, slot: PyTree) -> tuple[list, Callable
     return public, lambda *entry: parts.begin(public, split(entry, False))
 
 
-def _held(cells: Cells, parts: Parts, slot: PyTree) -> int:
+def _held(all_: Turns, parts: Parts, slot: PyTree) -> int:
     """Bytes of what a client begins with."""
-    each = jax.eval_shape(lambda slot: _beginning(cells, parts, slot)[1](*slot), slot)
+    each = jax.eval_shape(lambda slot: _beginning(all_, parts, slot)[1](*slot), slot)
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(each))
 
 

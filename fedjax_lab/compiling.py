@@ -2,12 +2,11 @@
 
 XLA cuts kernels up for threads, and leaves matrix products to libraries that do so themselves. That pays off for large
 arrays. A small model's step is some twenty kernels of a microsecond each, and XLA takes the one that reads a batch from
-the population's array for large, as the array is: on two cores a round of logistic regression (W1) took 2.5 times as
+the population's array for large, as the array is: on two cores a round of logistic regression (W1) took 2.4 times as
 long. Other backends compile everything as they do by themselves.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,8 +26,8 @@ Options = dict[str, Any]
 # Operations of a step, and numbers in an array, up to which no kernel is worth cutting up. On one device of two cores
 # a perceptron's step of .5 million operations took .75 of its time uncut, one of 5 million .93, one of 66 million 1.19.
 SMALL, LARGEST = 1e7, 1 << 18
-# Up to here the libraries' calls cost more than their arithmetic (W1: .024 million; .85 of its time without). Products
-# of a perceptron with .5 million are faster in a library.
+# Up to here the libraries' calls cost more than their arithmetic (W1: .024 million; .81 to .93 of its time without).
+# Products of a perceptron with .5 million are faster in a library.
 TINY = 2e5
 UNCUT: Options = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
 ONE_THREAD: Options = {"xla_cpu_multi_thread_eigen": False}  # in products and convolutions
@@ -139,4 +138,4 @@ def _known(options: tuple[tuple[str, Any], ...]) -> Options:
             return False
         return True
 
-    return dict(options if takes(options) else itertools.chain(o for o in options if takes((o,))))
+    return dict(options if takes(options) else [option for option in options if takes((option,))])

@@ -1,6 +1,6 @@
 """Packed lanes: a lane takes up the next client when it has done the last one's steps.
 
-Chunks of clients walk in step, and each lasts as long as its largest client: with sizes by a power law a fifth of the
+Chunks of clients walk in step, and each lasts as long as its largest client: with sizes by a power law a sixth of the
 steps is waste. Packing has none of it, but must tell a turn's training loop from what comes before and after. All
 clients begin before any of them trains, so that what they begin and end with is held for the whole cohort.
 """

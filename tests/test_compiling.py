@@ -90,7 +90,7 @@ def test_a_function_is_traced_once_and_computes_what_jax_does():
 
 @pytest.mark.parametrize("batch", [None, 2])
 def test_cells_that_several_threads_send_off_are_their_own_runs(monkeypatch, batch):
-    """Five cells in three blocks on one device, of which the last is filled up."""
+    """Five cells on one device: three at once or as many as ``batch`` says; the last block is filled up."""
     monkeypatch.setattr(sweep_runs, "cores", lambda: 3)
     sent = []
     executor = sweep_runs.ThreadPoolExecutor
