@@ -4,15 +4,15 @@ Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks": ``m`` 
 the ``t = m + r - 1`` inputs that they see, take ``t`` multiplications instead of ``m r``, as
 ``A ((G filter) * (B inputs))`` with three small matrices; in two dimensions ``t^2`` instead of ``(m r)^2``. The sums
 over channels lie between the transforms, so each of the ``t^2`` places is a matrix product of ``[tiles, channels]``
-and ``[channels, features]``. A kernel's gradient is the adjoint, and shares the transform of the images with the
-forward pass (the compiler computes equal things once). From more channels to fewer, as in the gradient of most
-layers' inputs, it is left a convolution: the transforms cost what they save (17.2 against 16.0 ms).
+and ``[channels, features]``. The gradients are the adjoints: a kernel's shares the transform of the images with the
+forward pass, and the images' those of the kernel and of the outputs (the compiler computes equal things once).
 
-A training step of a CNN with 3x3 kernels (W2 of ``experiments/benchmarks``) takes 16.0 instead of 20.8 ms. Results
-differ from those of plain sums by some 2e-6 of the largest, with 5x5 kernels by 1e-5 (one core, jax 0.10).
+Each transform is one product with a small matrix over all tiles, and rows of channels are copied into tiles and back
+by gathers. XLA:CPU copies by rows there, at twice the speed of its own transposes, slices and sums.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -23,16 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# With fewer channels, or more of them than features, the transforms cost what the products save.
+# With fewer channels the transforms cost what the products save.
 FEWEST_CHANNELS = 32
-# Multiplications that pay for compiling the transforms, about a second for each layer.
+# Multiplications that pay for compiling the transforms.
 LEAST_WORK = 4e6
 # Taps of a filter along an axis. Tiles of more inputs than six would lose digits: their points are larger.
 TAPS, MOST_INPUTS = (3, 4, 5), 6
 # Larger tiles have more terms to add in their transforms: they may take at most this share of the multiplications.
 WORTH = 0.85
 
-Grid = list[list[jax.Array]]
 Padding = Sequence[tuple[int, int]]
 
 
@@ -77,7 +76,7 @@ def fits(channels: int, features: int, taps: Sequence[int], params: dict[str, An
     """Of plain convolutions of images: is it wide enough to pay off, and its precision left to the machine?"""
     return (
         all(n in TAPS for n in taps)
-        and FEWEST_CHANNELS <= channels <= features
+        and min(channels, features) >= FEWEST_CHANNELS
         and params["precision"] in (None, lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
     )
 
@@ -86,15 +85,22 @@ def convolution(images: jax.Array, kernel: jax.Array, padding: Padding, precisio
     """A convolution of ``[batch, height, width, channels]`` with ``[taps, taps, channels, features]``."""
     out = _places(images.shape, kernel.shape, padding)
     axes = [tiling(places, taps) for places, taps in zip(out, kernel.shape, strict=False)]
-    seen, filters = _seen(images, padding, axes), _filters(kernel, axes)
-    products = [
-        [jnp.dot(a, b, precision=precision) for a, b in zip(*row, strict=True)]
-        for row in zip(seen, filters, strict=True)
-    ]
-    tiles = _transformed([axis.filtering.a for axis in axes], products)
-    shape = (len(images), *(axis.count for axis in axes), kernel.shape[-1])
-    whole = _side_by_side([[tile.reshape(shape) for tile in row] for row in tiles])
-    return whole[:, : out[0], : out[1]]
+    seen = _seen(images, padding, axes)
+    products = _by_place(seen, _filters(kernel, axes), 1, precision)
+    return _side_by_side(_product(_both(axes, "a"), products), axes, out)
+
+
+def spread(images: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike) -> jax.Array:
+    """The same as :func:`convolution`, as the adjoint of one that ``images`` are the outputs of.
+
+    So the gradient of a convolution's images is computed with what its kernel's gradient and itself have transformed.
+    """
+    out = _places(images.shape, kernel.shape, padding)
+    axes = [tiling(places, taps) for places, taps in zip(images.shape[1:3], kernel.shape, strict=False)]
+    filters = _filters(jnp.flip(kernel, (0, 1)).swapaxes(2, 3), axes)
+    products = _by_place(_given(images, axes), filters, 2, precision)
+    seen = _product(_both(axes, "b").T, products)
+    return _overlapping(seen, axes, [axis.taps - 1 - low for axis, (low, _) in zip(axes, padding, strict=True)], out)
 
 
 def kernel_gradient(
@@ -104,10 +110,9 @@ def kernel_gradient(
     out = cotangent.shape[1:3]
     sizes = [n + low + high for n, (low, high) in zip(images.shape[1:3], padding, strict=True)]
     axes = [tiling(places, size - places + 1) for places, size in zip(out, sizes, strict=True)]
-    seen, given = _seen(images, padding, axes), _given(cotangent, axes)
-    by_examples = lambda a, b: lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision)
-    products = [by_examples(a, b) for row in zip(seen, given, strict=True) for a, b in zip(*row, strict=True)]
-    gradient = _product(_of_filters(axes).T, jnp.stack(products))
+    seen, given = _as_rows(_seen(images, padding, axes)), _as_rows(_given(cotangent, axes))
+    products = lax.dot_general(seen, given, (((1,), (1,)), ((0,), (0,))), precision)
+    gradient = _product(_both(axes, "g").T, products)
     return gradient.reshape(axes[0].taps, axes[1].taps, *gradient.shape[1:])
 
 
@@ -146,81 +151,119 @@ def _places(images: Sequence[int], kernel: Sequence[int], padding: Padding) -> l
     return [n + low + high - taps + 1 for n, taps, (low, high) in zip(images[1:3], kernel, padding, strict=False)]
 
 
-def _seen(images: jax.Array, padding: Padding, axes: Sequence[Axis]) -> Grid:
-    """What each tile of outputs sees, transformed: for each place ``[tiles, channels]``."""
-    ends = [
-        axis.size + axis.taps - 1 - n - low for axis, n, (low, _) in zip(axes, images.shape[1:3], padding, strict=True)
-    ]
-    images = padded(images, [(low, end) for (low, _), end in zip(padding, ends, strict=True)])
-    grid = _pieces(images, axes, [axis.inputs for axis in axes])
-    return _as_rows(_transformed([axis.filtering.b for axis in axes], grid))
+def _seen(images: jax.Array, padding: Padding, axes: Sequence[Axis]) -> jax.Array:
+    """What each tile of outputs sees, transformed: ``[places, batch, *tiles, channels]``."""
+    tiles = _tiles(images, axes, [axis.inputs for axis in axes], [low for low, _ in padding])
+    return _product(_both(axes, "b"), tiles)
 
 
-def _given(cotangent: jax.Array, axes: Sequence[Axis]) -> Grid:
-    """What each tile of outputs gives, transformed: for each place ``[tiles, features]``."""
-    short = [axis.size - n for axis, n in zip(axes, cotangent.shape[1:3], strict=True)]
-    grid = _pieces(padded(cotangent, [(0, more) for more in short]), axes, [axis.outputs for axis in axes])
-    return _as_rows(_transformed([axis.filtering.a.T for axis in axes], grid))
+def _given(cotangent: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    """What each tile of outputs gives, transformed: ``[places, batch, *tiles, features]``."""
+    tiles = _tiles(cotangent, axes, [axis.outputs for axis in axes], (0, 0))
+    return _product(_both(axes, "a").T, tiles)
 
 
-def _filters(kernel: jax.Array, axes: Sequence[Axis]) -> Grid:
-    places = _product(_of_filters(axes), kernel.reshape(-1, *kernel.shape[2:]))
-    width = axes[1].inputs
-    return [[places[i * width + j] for j in range(width)] for i in range(axes[0].inputs)]
+def _filters(kernel: jax.Array, axes: Sequence[Axis]) -> jax.Array:
+    """The kernel, transformed: ``[places, channels, features]``."""
+    return _product(_both(axes, "g"), kernel.reshape(-1, *kernel.shape[2:]))
 
 
-def _of_filters(axes: Sequence[Axis]) -> np.ndarray:
-    """The transform of a kernel in one matrix: ``[inputs^2, taps^2]``."""
-    return np.kron(axes[0].filtering.g, axes[1].filtering.g)
+def _both(axes: Sequence[Axis], name: str) -> np.ndarray:
+    """The transform along both axes in one matrix: that of a tile, row by row."""
+    return np.kron(*(getattr(axis.filtering, name) for axis in axes))
 
 
 def _product(weights: np.ndarray, places: jax.Array) -> jax.Array:
-    return jnp.tensordot(jnp.asarray(weights, places.dtype), places, 1)
+    """``weights @ places``, over the first axis."""
+    product = jnp.dot(jnp.asarray(weights, places.dtype), places.reshape(len(places), -1))
+    return product.reshape(-1, *places.shape[1:])
 
 
-def _pieces(images: jax.Array, axes: Sequence[Axis], sizes: Sequence[int]) -> Grid:
-    """Of each tile its (i, j)-th place: ``[batch, *tiles, channels]``."""
-    tall, wide = axes
-
-    def piece(i, j):
-        stop = i + (tall.count - 1) * tall.outputs + 1, j + (wide.count - 1) * wide.outputs + 1
-        ends = (len(images), *stop, images.shape[-1])
-        return lax.slice(images, (0, i, j, 0), ends, (1, tall.outputs, wide.outputs, 1))
-
-    return [[piece(i, j) for j in range(sizes[1])] for i in range(sizes[0])]
+def _by_place(tiles: jax.Array, filters: jax.Array, axis: int, precision: lax.PrecisionLike) -> jax.Array:
+    """A product for each place, of channels and the filters' ``axis``: ``[places, batch, *tiles, n]``."""
+    product = lax.dot_general(_as_rows(tiles), filters, (((2,), (axis,)), ((0,), (0,))), precision)
+    return product.reshape(*tiles.shape[:-1], -1)
 
 
-def _transformed(matrices: Sequence[np.ndarray], grid: Grid) -> Grid:
-    """``matrices[0] @ grid @ matrices[1].T``, of a grid of arrays."""
-    rows, columns = matrices
-    half = [_combined(_as_tuples(columns), row) for row in grid]
-    whole = [_combined(_as_tuples(rows), column) for column in zip(*half, strict=True)]
-    return [list(row) for row in zip(*whole, strict=True)]
+def _as_rows(tiles: jax.Array) -> jax.Array:
+    """``[places, rows, channels]``."""
+    return tiles.reshape(len(tiles), -1, tiles.shape[-1])
 
 
-def _as_tuples(matrix: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(map(float, row)) for row in matrix)
+def _tiles(images: jax.Array, axes: Sequence[Axis], sizes: Sequence[int], low: Sequence[int]) -> jax.Array:
+    """Of each tile its (i, j)-th place, ``[places, batch, *tiles, channels]``; zeros outside of the image.
+
+    A place at a time: XLA would let a gather of all of them write for the product after it, number by number.
+    """
+    batch, height, width, channels = images.shape
+    firsts = [np.arange(axis.count) * axis.outputs - before for axis, before in zip(axes, low, strict=True)]
+    tall, wide = (np.add.outer(np.arange(n), first) for n, first in zip(sizes, firsts, strict=True))
+    y, x = tall[:, None, :, None], wide[None, :, None, :]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    shape = (sizes[0] * sizes[1], 1, axes[0].count, axes[1].count)
+    at, inside = (array.reshape(shape) for array in (np.where(inside, y * width + x, 0), inside))
+    own, rows = _strides(batch, height * width), images.reshape(-1, channels)
+    if inside.all():
+        return lax.map(lambda at: _rows(rows, at + own), jnp.asarray(at, jnp.int32))
+    return lax.map(lambda each: _rows(rows, each[0] + own, each[1]), (jnp.asarray(at, jnp.int32), jnp.asarray(inside)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _combined(matrix: tuple[tuple[float, ...], ...], arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """``matrix @ arrays``: a program of its own, which is traced and lowered once for all of a grid's rows."""
-    scaled = lambda weights: [x if w == 1 else x * w for w, x in zip(weights, arrays, strict=True) if w != 0]
-    return [functools.reduce(lax.add, scaled(weights)) for weights in matrix]
+def _side_by_side(tiles: jax.Array, axes: Sequence[Axis], out: Sequence[int]) -> jax.Array:
+    """``[batch, height, width, features]`` of each tile's (i, j)-th place ``[places, batch, *tiles, features]``."""
+    (y, i), (x, j) = (np.divmod(np.arange(n), axis.outputs) for n, axis in zip(out, axes, strict=True))
+    return _back(tiles, np.add.outer(i * axes[1].outputs, j), y, x)
 
 
-def _as_rows(grid: Grid) -> Grid:
-    return [[x.reshape(-1, x.shape[-1]) for x in row] for row in grid]
+def _overlapping(tiles: jax.Array, axes: Sequence[Axis], first: Sequence[int], out: Sequence[int]) -> jax.Array:
+    """Sums of what all tiles see of each place, ``[batch, height, width, channels]``, from the ``first`` place on."""
+
+    def seeing(axis: Axis, start: int, n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Tiles that see each place, the last of them, the one before, ...; where in them; and if they do."""
+        last, inside = np.divmod(np.arange(start, start + n), axis.outputs)
+        each = [(last - k, inside + k * axis.outputs) for k in range(-(-axis.inputs // axis.outputs))]
+        return [(tile, i, (tile >= 0) & (tile < axis.count) & (i < axis.inputs)) for tile, i in each]
+
+    tall, wide = (seeing(axis, start, n) for axis, start, n in zip(axes, first, out, strict=True))
+    parts = [
+        _back(tiles, np.add.outer(i * axes[1].inputs, j), y, x, np.logical_and.outer(seen, also))
+        for (y, i, seen), (x, j, also) in itertools.product(tall, wide)
+    ]
+    return functools.reduce(lax.add, parts)
+
+
+def _back(
+    tiles: jax.Array, place: np.ndarray, y: np.ndarray, x: np.ndarray, there: np.ndarray | None = None
+) -> jax.Array:
+    """``[batch, height, width, channels]``: from ``[places, batch, *tiles, channels]`` the tiles' rows.
+
+    Args:
+      tiles: what to take them from.
+      place: ``int[height, width]``, where in its tile.
+      y, x: ``int[height]`` and ``int[width]``, the tile.
+      there: ``bool[height, width]``; zeros where it is false.
+    """
+    _, batch, tall, wide, channels = tiles.shape
+    at = ((place * batch * tall + y[:, None]) * wide + x)[None]
+    if there is not None:
+        there = there[None]
+        at = np.where(there, at, 0)
+    return _rows(tiles.reshape(-1, channels), jnp.asarray(at, jnp.int32) + _strides(batch, tall * wide), there)
+
+
+def _strides(batch: int, stride: int) -> jax.Array:
+    """``int32[batch, 1, 1]``, where each example's rows begin."""
+    return jnp.arange(batch, dtype=jnp.int32)[:, None, None] * stride
+
+
+def _rows(rows: jax.Array, at: jax.Array, there: Any = None) -> jax.Array:
+    """``rows[at]``, ``[*at.shape, channels]``; zeros where ``there``, of as many axes as ``at``, is false."""
+    names = lax.GatherDimensionNumbers((at.ndim,), (0,), (0,))
+    found = lax.gather(rows, at[..., None], names, (1, rows.shape[-1]), mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if there is None:
+        return found
+    return jnp.where(jnp.asarray(there)[..., None], found, jnp.zeros((), rows.dtype))
 
 
 def padded(x: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
     """``[batch, height, width, channels]`` with so many zeros before and after the height and the width."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in space), (0, 0, 0)])
-
-
-def _side_by_side(tiles: Grid) -> jax.Array:
-    """``[batch, height, width, features]`` of each tile's (i, j)-th place ``[batch, *tiles, features]``."""
-    batch, tall, wide, features = tiles[0][0].shape
-    spread = [[x.reshape(batch, tall, 1, wide, 1, features) for x in row] for row in tiles]
-    whole = lax.concatenate([lax.concatenate(row, 4) for row in spread], 2)
-    return whole.reshape(batch, tall * len(tiles), wide * len(tiles[0]), features)
