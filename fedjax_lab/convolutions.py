@@ -43,8 +43,9 @@ def _plain_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callabl
     work, padding = channels * math.prod(taps) * out.size, params["padding"]
     width = lhs.shape[params["dimension_numbers"].lhs_spec[-1]]
     if work >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, params):
-        grows = any(low + high >= n for n, (low, high) in zip(taps, padding, strict=True))
-        form = winograd.spread if grows or channels > features else winograd.convolution
+        names = params["dimension_numbers"]
+        swapped=(names.lhs_spec[1]>1)==(names.rhs_spec[0]<names.rhs_spec[1])
+        form = winograd.spread if swapped else winograd.convolution
         return functools.partial(_with_last_channels, form)
     if work >= banded.LEAST_WORK and banded.gathers(channels, features):
         return functools.partial(_with_last_channels, banded.gather)

@@ -30,7 +30,7 @@ LEAST_WORK = 4e6
 # Taps of a filter along an axis. Tiles of more inputs than six would lose digits: their points are larger.
 TAPS, MOST_INPUTS = (3, 4, 5), 6
 # Larger tiles have more terms to add in their transforms: they may take at most this share of the multiplications.
-WORTH = 0.85
+WORTH = 1.0
 
 Padding = Sequence[tuple[int, int]]
 
