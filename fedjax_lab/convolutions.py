@@ -43,9 +43,7 @@ def _plain_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callabl
     work, padding = channels * math.prod(taps) * out.size, params["padding"]
     width = lhs.shape[params["dimension_numbers"].lhs_spec[-1]]
     if work >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, params):
-        names = params["dimension_numbers"]
-        swapped=(names.lhs_spec[1]>1)==(names.rhs_spec[0]<names.rhs_spec[1])
-        form = winograd.spread if swapped else winograd.convolution
+        form = winograd.spread if _is_of_images(params["dimension_numbers"]) else winograd.convolution
         return functools.partial(_with_last_channels, form)
     if work >= banded.LEAST_WORK and banded.gathers(channels, features):
         return functools.partial(_with_last_channels, banded.gather)
@@ -65,6 +63,12 @@ def _gradient_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Call
     if plain and work >= banded.LEAST_WORK and channels == 1 and banded.gathers(channels, features):
         return functools.partial(_gradient_with_last_channels, banded.kernel_gradient)
     return as_products if channels >= FEWEST_CHANNELS else canonical
+
+
+def _is_of_images(names: lax.ConvDimensionNumbers) -> bool:
+    """Does it look like the gradient of a convolution's images? There JAX swaps the channels of HWIO or OIHW."""
+    features, channels, *_ = names.rhs_spec
+    return (features < channels) == (names.lhs_spec[1] > 1)
 
 
 def _is_plain(lhs: Any, rhs: Any, out: Any, taps: list[int], params: dict[str, Any]) -> bool:
