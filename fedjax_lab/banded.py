@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedjax_lab.winograd import Padding, padded
+from fedjax_lab.winograd import Padding
 
 # Where it was the faster one or even, of 1 to 20 channels to 6 to 64 features, with 3 and 5 taps, one core, jax 0.10.
 FEW_CHANNELS, FEW_FEATURES, ODD_CHANNELS, MORE_FEATURES = 7, 16, (3, 5), 32
@@ -80,7 +80,7 @@ def kernel_gradient(
     tall, wide = (n + sum(p) - m + 1 for n, p, m in zip(images.shape[1:3], padding, (height, width), strict=True))
     tile = tile_size(width, wide, channels)
     seen = _seen(images, padding, height, width, (tall, wide), tile)
-    given = padded(cotangent, [(0, 0), (0, -width % tile)]).reshape(-1, tile * features)
+    given = _padded(cotangent, [(0, 0), (0, -width % tile)]).reshape(-1, tile * features)
     both = lax.dot_general(seen, given, (((0,), (0,)), ((), ())), precision)
     both = both.reshape(tall, tile + wide - 1, channels, tile, features)
     return functools.reduce(lax.add, [both[:, i : i + wide, :, i] for i in range(tile)])
@@ -108,7 +108,7 @@ def _seen(images: jax.Array, padding: Padding, height: int, width: int, taps: Se
     batch, _, before, channels = images.shape
     size, count = tile + taps[1] - 1, -(-width // tile)
     low = padding[1][0]
-    images = padded(images, [padding[0], (low, count * tile + taps[1] - 1 - before - low)])
+    images = _padded(images, [padding[0], (low, count * tile + taps[1] - 1 - before - low)])
     rows = images.reshape(batch, -1, images.shape[2] * channels)
     if count > 1:
         # By a product that copies: slices and joins would be fused into each row's own slow loop (1.1 -> .1 ms).
@@ -117,3 +117,8 @@ def _seen(images: jax.Array, padding: Padding, height: int, width: int, taps: Se
         rows = jnp.dot(rows, copies, precision="highest")
     rows = rows.reshape(batch, -1, count, size * channels)
     return lax.concatenate([rows[:, i : i + height] for i in range(taps[0])], 3).reshape(batch * height * count, -1)
+
+
+def _padded(x: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
+    """``[batch, height, width, channels]`` with so many zeros before and after the height and the width."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in space), (0, 0, 0)])

@@ -43,8 +43,8 @@ def _plain_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callabl
     work, padding = channels * math.prod(taps) * out.size, params["padding"]
     width = lhs.shape[params["dimension_numbers"].lhs_spec[-1]]
     if work >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, params):
-        form = winograd.spread if _is_of_images(params["dimension_numbers"]) else winograd.convolution
-        return functools.partial(_with_last_channels, form)
+        of_images = _is_of_images(params["dimension_numbers"])
+        return _images_gradient if of_images else functools.partial(_with_last_channels, winograd.convolution)
     if work >= banded.LEAST_WORK and banded.gathers(channels, features):
         return functools.partial(_with_last_channels, banded.gather)
     if work >= banded.LEAST_WORK and banded.spreads(width, channels, features, taps, padding):
@@ -115,6 +115,16 @@ def _with_last_channels(form: Callable, lhs: jax.Array, rhs: jax.Array, params: 
     """The same by a form for images as NHWC and a kernel as HWIO."""
     result = form(*_last_channels(lhs, rhs, params), params["padding"], params["precision"])
     return lax.transpose(result, _inverse(_last(params["dimension_numbers"].out_spec)))
+
+
+def _images_gradient(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
+    """The same by Winograd's adjoint. The kernel is turned around at once: it has been already, and XLA drops both."""
+    names = params["dimension_numbers"]
+    features, channels, *window = names.rhs_spec
+    kernel = lax.transpose(lax.rev(rhs, window), (*window, features, channels))
+    cotangent = lax.transpose(lhs, _last(names.lhs_spec))
+    result = winograd.images_gradient(cotangent, kernel, params["padding"], params["precision"])
+    return lax.transpose(result, _inverse(_last(names.out_spec)))
 
 
 def _gradient_with_last_channels(form: Callable, lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:

@@ -87,17 +87,24 @@ def convolution(images: jax.Array, kernel: jax.Array, padding: Padding, precisio
     return _side_by_side(_product(_both(axes, "a"), products), axes, out)
 
 
-def spread(images: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike) -> jax.Array:
-    """The same as :func:`convolution`, as the adjoint of one that ``images`` are the outputs of.
+def images_gradient(
+    cotangent: jax.Array, kernel: jax.Array, padding: Padding, precision: lax.PrecisionLike
+) -> jax.Array:
+    """``[batch, height, width, channels]``: a convolution of the cotangent with the kernel turned around.
 
-    So the gradient of a convolution's images is computed with what its kernel's gradient and itself have transformed.
+    As the adjoint of a convolution with the kernel, which needs what that and the kernel's gradient have transformed.
+
+    Args:
+      cotangent: ``[batch, height, width, features]``.
+      kernel: ``[taps, taps, channels, features]``.
+      padding: of the cotangent; less than the taps.
+      precision: of the products.
     """
-    out = _places(images.shape, kernel.shape, padding)
-    axes = [tiling(places, taps) for places, taps in zip(images.shape[1:3], kernel.shape, strict=False)]
-    filters = _filters(jnp.flip(kernel, (0, 1)).swapaxes(2, 3), axes)
-    products = _by_place(_given(images, axes), filters, 2, precision)
-    seen = _product(_both(axes, "b").T, products)
-    return _overlapping(seen, axes, [axis.taps - 1 - low for axis, (low, _) in zip(axes, padding, strict=True)], out)
+    out = _places(cotangent.shape, kernel.shape, padding)
+    axes = [tiling(places, taps) for places, taps in zip(cotangent.shape[1:3], kernel.shape, strict=False)]
+    products = _by_place(_given(cotangent, axes), _filters(kernel, axes), 2, precision)
+    first = [axis.taps - 1 - low for axis, (low, _) in zip(axes, padding, strict=True)]
+    return _overlapping(_product(_both(axes, "b").T, products), axes, first, out)
 
 
 def kernel_gradient(
@@ -259,8 +266,3 @@ def _rows(rows: jax.Array, at: jax.Array, there: Any = None) -> jax.Array:
     if there is None:
         return found
     return jnp.where(jnp.asarray(there)[..., None], found, jnp.zeros((), rows.dtype))
-
-
-def padded(x: jax.Array, space: Sequence[tuple[int, int]]) -> jax.Array:
-    """``[batch, height, width, channels]`` with so many zeros before and after the height and the width."""
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in space), (0, 0, 0)])

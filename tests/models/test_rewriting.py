@@ -61,6 +61,22 @@ def test_wide_convolutions_take_fewer_multiplications(
         np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * np.abs(a).max())
 
 
+@pytest.mark.parametrize("padding", ["VALID", "SAME"])
+def test_gradients_of_wide_convolutions_share_what_is_transformed(padding):
+    x, w, g = jnp.ones((20, 26, 26, 32)), jnp.ones((3, 3, 32, 64)), jnp.ones((20, 26, 26, 64))
+    conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def both(x, w, g):
+        y, back = jax.vjp(conv, x, w)
+        return y, back(g[:, : y.shape[1], : y.shape[2]])
+
+    program = rewriting.fast_in_loops(jax.make_jaxpr(both)(x, w, g))
+    run = lambda *given: core.eval_jaxpr(program.jaxpr, program.consts, *given)
+    text = jax.jit(run).lower(x, w, g).compile().as_text()
+    # Three products by place; transforms of images, kernel and cotangent, and back to outputs, kernel and images.
+    assert text.count(" dot(") == 3 + 3 + 3
+
+
 @pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")], ids=lambda layout: layout[0])
 @pytest.mark.parametrize("padding", ["VALID", "SAME", [(1, 2), (0, 1)]], ids=str)
 @pytest.mark.parametrize(
