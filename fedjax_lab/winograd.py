@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# With fewer channels the transforms cost what the products save.
+# A layer by itself takes 1.3 of the time of plain sums with 16 channels and 32 features, 1.3 to 1.5 with 32 and 32, and
+# .8 with 32 and 64. A ResNet's rounds were not seen to differ with and without the layers of 32 and 32.
 FEWEST_CHANNELS = 32
 # Multiplications that pay for the transforms: 24 million take .7 of the time of plain sums, 6 million 1.2.
 LEAST_WORK = 1e7
@@ -57,11 +58,6 @@ class Axis(NamedTuple):
     def inputs(self) -> int:
         """What a tile sees."""
         return self.outputs + self.taps - 1
-
-    @property
-    def size(self) -> int:
-        """Output places of all tiles; the last ones may stick out."""
-        return self.outputs * self.count
 
     @property
     def filtering(self) -> Filtering:
