@@ -21,6 +21,7 @@ from fedjax_lab import devices
 from fedjax_lab.program import flops
 from fedjax_lab.rewriting import programs_of
 
+PyTree = Any
 Options = dict[str, Any]
 
 # Operations of a step, and numbers in an array, up to which no kernel is worth cutting up. On one device of two cores
@@ -34,6 +35,9 @@ ONE_THREAD: Options = {"xla_cpu_multi_thread_eigen": False}  # in products and c
 # The newest library sums, and multiplies no matrices. (The older emitter of kernels, xla_cpu_use_fusion_emitters=False,
 # compiled W1 in 1.0 s instead of 1.5; but with 10 lanes it took 1.4 of the time, and a perceptron 1.1 to 1.35.)
 NO_CALLS: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+# LLVM spends long on random numbers at its third level: W2's, W3's and W4's programs that begin a run compiled in 1.1,
+# 1.1 and 1.7 s at the second, instead of 2.5, 3.6 and 3.0, with the same parameters. Steps compile no faster there.
+QUICKLY: Options = {"xla_backend_optimization_level": 2}
 # Tables of clients' states are written where they are, a few rows at a time.
 IN_PLACE = ("scatter", "dynamic_update_slice")
 LOOPS = ("while", "scan")
@@ -63,7 +67,7 @@ def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callabl
 
     @functools.wraps(function)
     def call(*arguments):
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments)):
+        if _traced(arguments):
             return plain(*arguments)
         if mesh is None:
             return program(arguments)(*arguments)
@@ -75,6 +79,27 @@ def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callabl
 
     call.lower = lambda *arguments: program(arguments).lower(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
     return call
+
+
+def once(function: Callable, **options: Any) -> Callable:
+    """``jax.jit`` of a function that runs once, as one that begins a run: compiled for less time than others.
+
+    Args:
+      function: of pytrees.
+      **options: of ``jax.jit``.
+    """
+    plain = jax.jit(function, **options)
+    quick = jax.jit(function, compiler_options=quickly(), **options)
+    return functools.wraps(function)(lambda *arguments: (plain if _traced(arguments) else quick)(*arguments))
+
+
+def quickly() -> Options | None:
+    """XLA's options for a program that runs once; ``None`` where its own choice is best."""
+    return (_known(tuple(QUICKLY.items())) or None) if jax.default_backend() == "cpu" else None
+
+
+def _traced(arguments: PyTree) -> bool:
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
 
 
 _under_way: list[jax.Array] = []  # a result of the last program that was sent off to several CPU devices

@@ -174,11 +174,11 @@ def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: 
 def _compiled(start, step, data: FederatedData, mesh: Mesh | None) -> tuple[Any, Any]:
     """Both jitted; over a mesh with the same places for the state that comes out as for the one that goes in."""
     if mesh is None:
-        return jax.jit(start), compiling.jit(step)
+        return compiling.once(start), compiling.jit(step)
     whole, state = devices.replicated(mesh), jax.eval_shape(start, jax.random.key(0), data, None)
     places = jax.tree.map(lambda _: whole, state)
     places = places._replace(clients=jax.tree.map(lambda _: devices.by_client(mesh), state.clients))
-    return jax.jit(start, out_shardings=places), compiling.jit(step, mesh, out_shardings=(places, whole))
+    return compiling.once(start, out_shardings=places), compiling.jit(step, mesh, out_shardings=(places, whole))
 
 
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:

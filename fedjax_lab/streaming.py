@@ -132,7 +132,7 @@ def _programs(round: Round, sampler: Sampler, lanes: int | None, sizes: np.ndarr
         after = strong(sampler.update(drawn.sampler, answers.ids, answers.ok, answers.metrics))
         return strong(server), answers.clients, after, cohort_metrics(answers) | server_metrics
 
-    return jax.jit(start), jax.jit(draw), compiling.jit(compute)
+    return compiling.once(start), jax.jit(draw), compiling.jit(compute)
 
 
 def _stepper(draw: Callable, compute: Callable, cohort: int, foreseen: bool) -> Callable:

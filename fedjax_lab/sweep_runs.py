@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import checks
 from fedjax_lab.cell_program import CellProgram, Traced
-from fedjax_lab.compiling import chosen
+from fedjax_lab.compiling import Options, chosen, quickly
 from fedjax_lab.devices import cores, warn_of_few_threads
 from fedjax_lab.grids import Cells
 from fedjax_lab.process import Process
@@ -108,26 +108,34 @@ class Runs:
         for own in numbers:
             own_values = tuple(column[own] for column in values)
             given = (own_values, jnp.stack([keys[s] for s in seeds[own]]), program.start.consts, params)
-            begun = begun or self._compiled(start, given, 2, P(AXIS))
+            begun = begun or self._compiled(start, given, 2, P(AXIS), once=True)
             self.blocks.append(Block(own_values, begun(*given)))
         self.pick = jax.jit(lambda state, slot: jax.tree.map(lambda leaf: leaf[slot], state))
         self.compile_seconds = time.monotonic() - begin
 
-    def _compiled(self, function: Callable, given: tuple, by_cell: int, out: Any, **options: Any) -> Callable:
+    def _compiled(
+        self, function: Callable, given: tuple, by_cell: int, out: Any, once: bool = False, **options: Any
+    ) -> Callable:
         """The function compiled for arguments, of which the first ``by_cell`` have an axis of cells.
 
-        Several devices run their cells by themselves: a loop that one cell needs longer keeps no other device busy.
+        Several devices run their cells by themselves: a loop that one cell needs longer keeps no other device busy. A
+        program that runs ``once`` is compiled for less time.
         """
+
+        def options_of(traced: Any) -> Options | None:
+            found = chosen(traced.jaxpr.jaxpr, self.mesh)
+            return (found or {}) | (quickly() or {}) if once else found
+
         if self.mesh is not None:
             specs = tuple(P(AXIS) if place < by_cell else P() for place in range(len(given)))
             function = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
             places = tuple(NamedSharding(self.mesh, spec) for spec in specs)
             put = lambda given: tuple(map(jax.device_put, given, places))  # an array without entries loses its place
             traced = jax.jit(function, in_shardings=places, **options).trace(*put(given))
-            compiled = traced.lower().compile(chosen(traced.jaxpr.jaxpr, self.mesh))
+            compiled = traced.lower().compile(options_of(traced))
             return lambda *given: compiled(*put(given))
         traced = jax.jit(function, **options).trace(*given)
-        return traced.lower().compile(chosen(traced.jaxpr.jaxpr))
+        return traced.lower().compile(options_of(traced))
 
     def _by_cell(self, function: Callable) -> Callable:
         """The function over a device's cells. One alone isn't batched: its convolutions would become grouped ones."""

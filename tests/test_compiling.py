@@ -73,7 +73,8 @@ def test_a_small_models_round_is_not_cut_up_where_a_cpu_is_one_device():
     assert cut == str(fl.devices.cores() > 1)
 
 
-def test_a_function_is_traced_once_and_computes_what_jax_does():
+@pytest.mark.parametrize("jit", [compiling.jit, compiling.once])
+def test_a_function_is_traced_once_and_computes_what_jax_does(jit):
     traced = []
 
     def function(x):
@@ -81,7 +82,7 @@ def test_a_function_is_traced_once_and_computes_what_jax_does():
         return jnp.sin(x) @ x.T
 
     x = jax.random.normal(jax.random.key(0), (5, 3))
-    ours = compiling.jit(function)
+    ours = jit(function)
     assert_close(ours(x), jax.jit(lambda x: jnp.sin(x) @ x.T)(x))
     ours(x + 1)
     assert_close(jax.grad(lambda x: jnp.sum(ours(x)))(x), jax.grad(lambda x: jnp.sum(jnp.sin(x) @ x.T))(x))
