@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedjax_lab.winograd import Padding
+from fedjax_lab.tiles import Padding
 
 # Where it was the faster one or even, of 1 to 20 channels to 6 to 64 features, with 3 and 5 taps, one core, jax 0.10.
 FEW_CHANNELS, FEW_FEATURES, ODD_CHANNELS, MORE_FEATURES = 7, 16, (3, 5), 32

@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import Mesh
 
 from fedjax_lab import devices
-from fedjax_lab.program import flops
+from fedjax_lab.program import flops, flops_of
 from fedjax_lab.rewriting import programs_of
 
 PyTree = Any
@@ -130,11 +130,12 @@ def is_small(program: Jaxpr) -> bool:
 def largest(program: Jaxpr) -> int:
     """Numbers in the largest floating-point array that an equation makes anew.
 
-    Where products are in loops, only of the innermost: what a step of training doesn't do is done seldom.
+    Where products are in loops, only of these: what a step of training doesn't do is done seldom.
     """
     eqns = list(_unwrapped(program))
     bodies = [sub for eqn in eqns for sub in programs_of(eqn)]
-    if steps := [body for body in bodies if flops(body)]:
+    steps = [body for body in bodies if flops(body)]
+    if steps and not any(map(flops_of, eqns)):
         return max(map(largest, steps))
     new = [eqn for eqn in eqns if not any(programs_of(eqn)) and not eqn.primitive.name.startswith(IN_PLACE)]
     made: list[Any] = [v.aval for eqn in new for v in eqn.outvars]

@@ -12,16 +12,15 @@ become matrix products (``banded.py``).
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from fedjax_lab import banded, winograd
+from fedjax_lab import banded, layouts, winograd
 
 CONVOLUTION = "conv_general_dilated"
 # A gradient as products copies an example once for each place in the kernel, and pays off from some input channels on.
@@ -29,11 +28,51 @@ CONVOLUTION = "conv_general_dilated"
 MOST_PLACES, FEWEST_CHANNELS = 25, 8
 
 
-def _form(eqn: JaxprEqn) -> Callable:
+def forms(threads: int) -> dict[str, Callable[[JaxprEqn], Callable]]:
+    """The equation's name -> a form for it, on a device of so many threads."""
+    return {CONVOLUTION: functools.partial(_form, threads=threads)}
+
+
+def _form(eqn: JaxprEqn, threads: int) -> Callable:
+    form = _chosen(eqn)
+    if form in (_convolution, _kernel_gradient, _images_gradient):
+        return functools.partial(form, names=eqn.params["dimension_numbers"], layer=_layer(eqn, threads))
+    return functools.partial(form, params=eqn.params)
+
+
+def both_gradients(first: JaxprEqn, second: JaxprEqn, threads: int) -> Callable | None:
+    """``(images, cotangent, kernel turned around)`` -> the results of both, computed together.
+
+    None unless one is the kernel's gradient and the other the images', of the same layer and cotangent.
+    """
+    if first.invars[1] is not second.invars[0]:
+        return None
+    if _chosen(first) is not _kernel_gradient or _chosen(second) is not _images_gradient:
+        return None
+    layer, names = _layer(first, threads), [eqn.params["dimension_numbers"] for eqn in (first, second)]
+    return functools.partial(_both_gradients, names=names, layer=layer) if layer == _layer(second, threads) else None
+
+
+def _chosen(eqn: JaxprEqn) -> Callable:
     lhs, rhs, out = [v.aval for v in (*eqn.invars, *eqn.outvars)]
     gradient = is_kernel_gradient(lhs, rhs, out, eqn.params)
-    form = (_gradient_form if gradient else _plain_form)(lhs, rhs, out, eqn.params)
-    return functools.partial(form, params=eqn.params)
+    return (_gradient_form if gradient else _plain_form)(lhs, rhs, out, eqn.params)
+
+
+def _layer(eqn: JaxprEqn, threads: int) -> winograd.Layer:
+    """The layer that an equation computes, or a gradient of."""
+    params: Any = eqn.params
+    names, form = params["dimension_numbers"], _chosen(eqn)
+    values: list[Any] = [*eqn.invars, *eqn.outvars]
+    specs = zip(values, (names.lhs_spec, names.rhs_spec, names.out_spec), strict=True)
+    images, taps, outputs = (tuple(v.aval.shape[d] for d in spec[2:]) for v, spec in specs)
+    low = tuple(low for low, _ in params["padding"])
+    if form is _kernel_gradient:
+        taps, outputs = outputs, taps
+    if form is _images_gradient:
+        images, outputs = outputs, images
+        low = tuple(n - 1 - before for n, before in zip(taps, low, strict=True))
+    return winograd.Layer(images, outputs, taps, low, params["precision"], winograd.BLOCK * threads)
 
 
 def _plain_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callable:
@@ -43,8 +82,7 @@ def _plain_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callabl
     work, padding = channels * math.prod(taps) * out.size, params["padding"]
     width = lhs.shape[params["dimension_numbers"].lhs_spec[-1]]
     if work >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, params):
-        of_images = _is_of_images(params["dimension_numbers"])
-        return _images_gradient if of_images else functools.partial(_with_last_channels, winograd.convolution)
+        return _images_gradient if _is_of_images(params["dimension_numbers"]) else _convolution
     if work >= banded.LEAST_WORK and banded.gathers(channels, features):
         return functools.partial(_with_last_channels, banded.gather)
     if work >= banded.LEAST_WORK and banded.spreads(width, channels, features, taps, padding):
@@ -59,7 +97,7 @@ def _gradient_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Call
     taps = [out.shape[d] for d in names.out_spec[2:]]
     plain, work = _is_plain(lhs, rhs, out, taps, params), channels * math.prod(taps) * rhs.size
     if plain and work >= winograd.LEAST_WORK and winograd.fits(channels, features, taps, params):
-        return functools.partial(_gradient_with_last_channels, winograd.kernel_gradient)
+        return _kernel_gradient
     if plain and work >= banded.LEAST_WORK and channels == 1 and banded.gathers(channels, features):
         return functools.partial(_gradient_with_last_channels, banded.kernel_gradient)
     return as_products if channels >= FEWEST_CHANNELS else canonical
@@ -87,12 +125,10 @@ def _is_dense(params: dict[str, Any]) -> bool:
     return all(n == 1 for n in (*ones, params["feature_group_count"], params["batch_group_count"]))
 
 
-FORMS = {CONVOLUTION: _form}
-
-
 def canonical(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
     """``lax.conv_general_dilated`` with these parameters, by way of NHWC, HWIO and NHWC."""
-    lhs, rhs = _last_channels(lhs, rhs, params)
+    names = params["dimension_numbers"]
+    lhs, rhs = layouts.last_channels(lhs, rhs, names)
     space = "DHW"[-(lhs.ndim - 2) :] if lhs.ndim > 2 else ""
     layout = (f"N{space}C", f"{space}IO", f"N{space}C")
     result = lax.conv_general_dilated(
@@ -108,33 +144,44 @@ def canonical(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Arr
         params["precision"],
         params["preferred_element_type"],
     )
-    return lax.transpose(result, _inverse(_last(params["dimension_numbers"].out_spec)))
+    return layouts.from_last_channels(result, names)
 
 
 def _with_last_channels(form: Callable, lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
     """The same by a form for images as NHWC and a kernel as HWIO."""
-    result = form(*_last_channels(lhs, rhs, params), params["padding"], params["precision"])
-    return lax.transpose(result, _inverse(_last(params["dimension_numbers"].out_spec)))
-
-
-def _images_gradient(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
-    """The same by Winograd's adjoint. The kernel is turned around at once: it has been already, and XLA drops both."""
     names = params["dimension_numbers"]
-    features, channels, *window = names.rhs_spec
-    kernel = lax.transpose(lax.rev(rhs, window), (*window, features, channels))
-    cotangent = lax.transpose(lhs, _last(names.lhs_spec))
-    result = winograd.images_gradient(cotangent, kernel, params["padding"], params["precision"])
-    return lax.transpose(result, _inverse(_last(names.out_spec)))
+    result = form(*layouts.last_channels(lhs, rhs, names), params["padding"], params["precision"])
+    return layouts.from_last_channels(result, names)
 
 
 def _gradient_with_last_channels(form: Callable, lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.Array:
-    """A kernel's gradient by such a form: its input channels stand in a batch's place, the examples in theirs."""
+    """A kernel's gradient by a form for images and cotangents as NHWC that gives HWIO."""
     names = params["dimension_numbers"]
-    first, kernel, out = names.lhs_spec, names.rhs_spec, names.out_spec  # each (batch, feature, *space)
-    images = lax.transpose(lhs, (first[1], *first[2:], first[0]))
-    cotangent = lax.transpose(rhs, (kernel[1], *kernel[2:], kernel[0]))
-    gradient = form(images, cotangent, params["padding"], params["precision"])
-    return lax.transpose(gradient, _inverse((*out[2:], out[0], out[1])))
+    operands = layouts.images_and_cotangent(lhs, rhs, names)
+    return layouts.as_kernel(form(*operands, params["padding"], params["precision"]), names)
+
+
+def _convolution(lhs: jax.Array, rhs: jax.Array, names: layouts.Names, layer: winograd.Layer) -> jax.Array:
+    return layouts.from_last_channels(winograd.convolution(layer, *layouts.last_channels(lhs, rhs, names)), names)
+
+
+def _images_gradient(lhs: jax.Array, rhs: jax.Array, names: layouts.Names, layer: winograd.Layer) -> jax.Array:
+    cotangent, kernel = layouts.cotangent_and_kernel(lhs, rhs, names)
+    return layouts.from_last_channels(winograd.images_gradient(layer, cotangent, kernel), names)
+
+
+def _kernel_gradient(lhs: jax.Array, rhs: jax.Array, names: layouts.Names, layer: winograd.Layer) -> jax.Array:
+    operands = layouts.images_and_cotangent(lhs, rhs, names)
+    return layouts.as_kernel(winograd.kernel_gradient(layer, *operands), names)
+
+
+def _both_gradients(
+    lhs: jax.Array, rhs: jax.Array, turned: jax.Array, names: Sequence[layouts.Names], layer: winograd.Layer
+) -> tuple[jax.Array, jax.Array]:
+    images, cotangent = layouts.images_and_cotangent(lhs, rhs, names[0])
+    _, kernel = layouts.cotangent_and_kernel(rhs, turned, names[1])
+    of_kernel, of_images = winograd.gradients(layer, images, cotangent, kernel)
+    return layouts.as_kernel(of_kernel, names[0]), layouts.from_last_channels(of_images, names[1])
 
 
 def is_kernel_gradient(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> bool:
@@ -180,20 +227,4 @@ def as_products(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> jax.A
     total = jnp.zeros((rhs.shape[1], math.prod(places) * lhs.shape[-1]), wide)
     total = lax.fori_loop(0, len(lhs), add, total).reshape(-1, *places, lhs.shape[-1])  # (output, *places, batch)
     total = total.astype(params["preferred_element_type"] or lhs.dtype)
-    return lax.transpose(total, _inverse((out[1], *out[2:], out[0])))
-
-
-def _last_channels(lhs: jax.Array, rhs: jax.Array, params: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Images as NHWC and a kernel as HWIO."""
-    names = params["dimension_numbers"]
-    features, channels, *window = names.rhs_spec
-    return lax.transpose(lhs, _last(names.lhs_spec)), lax.transpose(rhs, (*window, channels, features))
-
-
-def _last(spec: tuple[int, ...]) -> tuple[int, ...]:
-    """Of ``(batch, feature, *space)``: the feature last."""
-    return (spec[0], *spec[2:], spec[1])
-
-
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.argsort(order))
+    return lax.transpose(total, layouts.inverse((out[1], *out[2:], out[0])))

@@ -92,6 +92,12 @@ def use_cores(count: int | None = None) -> int:
     return count
 
 
+def threads_each(mesh: Mesh | None) -> int:
+    """Cores for each CPU device that works, of those of a mesh that are here; all for one device."""
+    here = 1 if mesh is None else len(set(mesh.devices.flat).intersection(jax.local_devices()))
+    return max(cores() // max(here, 1), 1)
+
+
 def mesh(count: int | None = None) -> Mesh:
     """A mesh of this computer's devices along the axis ``"clients"``, for ``fl.synchronous(..., mesh=...)``.
 

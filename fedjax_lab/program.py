@@ -34,17 +34,18 @@ class Program(NamedTuple):
     flops: float
 
 
-def trace(function: Callable, *arguments: PyTree) -> Program:
+def trace(function: Callable, *arguments: PyTree, threads: int = 1) -> Program:
     """Trace a function of pytrees; on a CPU some of its equations get the form that is fast in loops.
 
     Args:
       function: of pytrees of arrays.
       *arguments: what it will be called with, or their shapes.
+      threads: cores that a device has for it.
     """
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     cost = flops(traced.jaxpr)
     if jax.default_backend() == "cpu":
-        traced = rewriting.fast_in_loops(traced)
+        traced = rewriting.fast_in_loops(traced, threads)
     structure = jax.tree.structure(shape)
 
     def given(consts: list[Any]) -> Callable:
@@ -59,12 +60,11 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
 
 def flops(jaxpr: Jaxpr) -> float:
     """Multiplications and additions in a program's matrix products and convolutions, loops counted once."""
-    return sum(map(_own_flops, jaxpr.eqns)) + sum(
-        flops(sub) for eqn in jaxpr.eqns for sub in rewriting.programs_of(eqn)
-    )
+    return sum(map(flops_of, jaxpr.eqns)) + sum(flops(sub) for eqn in jaxpr.eqns for sub in rewriting.programs_of(eqn))
 
 
-def _own_flops(eqn: JaxprEqn) -> float:
+def flops_of(eqn: JaxprEqn) -> float:
+    """Those of an equation itself, without its programs'."""
     shape: Callable[[Any], tuple[int, ...]] = lambda v: v.aval.shape
     size = lambda v: math.prod(shape(v))
     if eqn.primitive.name == "dot_general":

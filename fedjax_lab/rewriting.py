@@ -6,21 +6,29 @@ compute the same. The user's model is not touched. Which ones, and what that bri
 ``pooling.py`` and ``products.py``.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 from fedjax_lab import convolutions, pooling, products
 
 # For each primitive: the equation -> a function of its operands that gives the same, or None to leave it as it is.
-FORMS: dict[str, Callable[[JaxprEqn], Callable | None]] = {**convolutions.FORMS, **pooling.FORMS, **products.FORMS}
+Forms = dict[str, Callable[[JaxprEqn], Callable | None]]
+# Two equations -> a function of the operands of both, each once, that gives the results of both, or None.
+Together = Callable[[JaxprEqn, JaxprEqn], Callable | None]
 
 
-def fast_in_loops(program: ClosedJaxpr) -> ClosedJaxpr:
-    """The program with its equations replaced, those in its loops included."""
-    return program.replace(jaxpr=_rewritten(program.jaxpr)) if _concerns(program.jaxpr) else program
+def fast_in_loops(program: ClosedJaxpr, threads: int = 1) -> ClosedJaxpr:
+    """The program with its equations replaced, those in its loops included, for a device of so many threads."""
+    forms: Forms = {**convolutions.forms(threads), **pooling.FORMS, **products.FORMS}
+    if not _concerns(program.jaxpr, forms):
+        return program
+    together = functools.partial(convolutions.both_gradients, threads=threads)
+    return program.replace(jaxpr=_rewritten(program.jaxpr, forms, together))
 
 
 def programs_of(eqn: JaxprEqn) -> Iterator[Jaxpr]:
@@ -33,34 +41,55 @@ def programs_of(eqn: JaxprEqn) -> Iterator[Jaxpr]:
                 yield each
 
 
-def _concerns(jaxpr: Jaxpr) -> bool:
-    return any(eqn.primitive.name in FORMS or any(map(_concerns, programs_of(eqn))) for eqn in jaxpr.eqns)
+def _concerns(jaxpr: Jaxpr, forms: Forms) -> bool:
+    return any(e.primitive.name in forms or any(_concerns(p, forms) for p in programs_of(e)) for e in jaxpr.eqns)
 
 
-def _rewritten(jaxpr: Jaxpr) -> Jaxpr:
-    return jaxpr.replace(eqns=[_equation(eqn) for eqn in jaxpr.eqns])
+def _rewritten(jaxpr: Jaxpr, forms: Forms, together: Together) -> Jaxpr:
+    eqns, done = list(jaxpr.eqns), []
+    convs = [eqn for eqn in eqns if eqn.primitive.name == convolutions.CONVOLUTION]
+    for first, second in itertools.permutations(convs, 2):
+        if form := together(first, second):
+            operands = [*first.invars, *(v for v in second.invars if v not in first.invars)]
+            both = _call_of(form, second, operands, [*first.outvars, *second.outvars])
+            if replaced := _in_place_of(first, second, both, eqns):
+                eqns, done = replaced, [*done, both]
+    return jaxpr.replace(eqns=[eqn if eqn in done else _equation(eqn, forms, together) for eqn in eqns])
 
 
-def _equation(eqn: JaxprEqn) -> JaxprEqn:
-    if eqn.primitive.name in FORMS:
-        form = FORMS[eqn.primitive.name](eqn)
-        return eqn if form is None else _call_of(form, eqn)
-    if not any(map(_concerns, programs_of(eqn))):
+def _in_place_of(first: JaxprEqn, second: JaxprEqn, both: JaxprEqn, eqns: list[JaxprEqn]) -> list[JaxprEqn] | None:
+    """The equations with one for two, where the later was; None if that needs a result of the earlier."""
+    begin, end = sorted((eqns.index(first), eqns.index(second)))
+    results, before, after = set(eqns[begin].outvars), [], []
+    needs = lambda eqn: any(isinstance(v, Var) and v in results for v in eqn.invars)
+    for eqn in eqns[begin + 1 : end]:
+        if needs(eqn):
+            after.append(eqn)
+            results.update(eqn.outvars)
+        else:
+            before.append(eqn)
+    return None if needs(both) else [*eqns[:begin], *before, both, *after, *eqns[end + 1 :]]
+
+
+def _equation(eqn: JaxprEqn, forms: Forms, together: Together) -> JaxprEqn:
+    if eqn.primitive.name in forms:
+        form = forms[eqn.primitive.name](eqn)
+        return eqn if form is None else _call_of(form, eqn, eqn.invars, eqn.outvars)
+    if not any(_concerns(program, forms) for program in programs_of(eqn)):
         return eqn
 
     def value(x):
         if isinstance(x, ClosedJaxpr):
-            return fast_in_loops(x)
+            return x.replace(jaxpr=_rewritten(x.jaxpr, forms, together))
         if isinstance(x, Jaxpr):
-            return _rewritten(x)
+            return _rewritten(x, forms, together)
         return type(x)(map(value, x)) if type(x) in (tuple, list) else x
 
     return eqn.replace(params={name: value(x) for name, x in eqn.params.items()})
 
 
-def _call_of(form: Callable, eqn: JaxprEqn) -> JaxprEqn:
-    """One call in the old equation's place: a program with operands and results of the same types."""
-    operands: list[Any] = [v.aval for v in eqn.invars]
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+def _call_of(form: Callable, eqn: JaxprEqn, operands: Sequence[Any], results: Sequence[Any]) -> JaxprEqn:
+    """One call in an equation's place, of operands and with results of the same types."""
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in operands]
     call = jax.make_jaxpr(jax.jit(form))(*shapes).jaxpr.eqns[0]
-    return eqn.replace(primitive=call.primitive, params=call.params)
+    return eqn.replace(primitive=call.primitive, params=call.params, invars=[*operands], outvars=[*results])

@@ -35,6 +35,15 @@ def test_of_a_round_the_arrays_of_a_step_count():
     assert compiling.largest(program(function, (1000, 7), (6, 4))) == 6 * 6
 
 
+def test_a_step_may_have_loops_of_its_own():
+    def function(rows, batch):
+        parts = lambda b: jax.lax.map(lambda row: row @ row.T, b.reshape(6, 1, 4))
+        step = lambda i, b: jnp.tanh(b @ b.T) @ b + jnp.sum(parts(b))
+        return jnp.sum(jnp.square(rows)), jax.lax.fori_loop(0, 3, step, batch)
+
+    assert compiling.largest(program(function, (1000, 7), (6, 4))) == 6 * 6
+
+
 @pytest.mark.parametrize(
     ("shapes", "small", "tiny"),
     [

@@ -34,6 +34,7 @@ def test_gradients_of_a_convolution(layout, padding, channels):
 
 
 @pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")], ids=lambda layout: layout[0])
+@pytest.mark.parametrize("block", [0, 1e9], ids=["image by image", "all at once"])
 @pytest.mark.parametrize(("channels", "features"), [(32, 48), (48, 32), (32, 32)], ids=["to more", "to fewer", "equal"])
 @pytest.mark.parametrize(
     ("size", "taps", "padding", "tolerance"),
@@ -46,9 +47,10 @@ def test_gradients_of_a_convolution(layout, padding, channels):
     ids=["whole tiles", "tiles that stick out", "five taps", "each axis its own"],
 )
 def test_wide_convolutions_take_fewer_multiplications(
-    layout, channels, features, size, taps, padding, tolerance, monkeypatch
+    layout, channels, features, size, taps, padding, tolerance, block, monkeypatch
 ):
     monkeypatch.setattr(winograd, "LEAST_WORK", 0)
+    monkeypatch.setattr(winograd, "BLOCK", block)
     x = jax.random.normal(jax.random.key(0), (3, *size, channels))
     w = jax.random.normal(jax.random.key(1), (*taps, channels, features)) / 17
     if layout[0] == "NCHW":
@@ -62,7 +64,8 @@ def test_wide_convolutions_take_fewer_multiplications(
 
 
 @pytest.mark.parametrize("padding", ["VALID", "SAME"])
-def test_gradients_of_wide_convolutions_share_what_is_transformed(padding):
+@pytest.mark.parametrize(("threads", "again"), [(100, 0), (1, 1)], ids=["one block", "several"])
+def test_gradients_of_wide_convolutions_share_what_is_transformed(threads, again, padding):
     x, w, g = jnp.ones((20, 26, 26, 32)), jnp.ones((3, 3, 32, 64)), jnp.ones((20, 26, 26, 64))
     conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -70,11 +73,29 @@ def test_gradients_of_wide_convolutions_share_what_is_transformed(padding):
         y, back = jax.vjp(conv, x, w)
         return y, back(g[:, : y.shape[1], : y.shape[2]])
 
-    program = rewriting.fast_in_loops(jax.make_jaxpr(both)(x, w, g))
+    program = rewriting.fast_in_loops(jax.make_jaxpr(both)(x, w, g), threads)
     run = lambda *given: core.eval_jaxpr(program.jaxpr, program.consts, *given)
     text = jax.jit(run).lower(x, w, g).compile().as_text()
-    # Three products by place; transforms of images, kernel and cotangent, and back to outputs, kernel and images.
-    assert text.count(" dot(") == 3 + 3 + 3
+    # Three products by place; transforms of images, kernel and cotangent, and back to outputs, kernel and images. Those
+    # of a block's images don't wait for the backward pass.
+    assert text.count(" dot(") == 3 + 3 + 3 + again
+
+
+@pytest.mark.parametrize("needed", [False, True], ids=["in between", "by the other"])
+def test_gradients_are_computed_together_unless_one_needs_the_other(needed):
+    x, w = jax.random.normal(jax.random.key(0), (20, 10, 10, 32)), jax.random.normal(jax.random.key(1), (3, 3, 32, 64))
+    g = jax.random.normal(jax.random.key(2), (20, 10, 10, 64))
+    conv = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def both(x, w, g):
+        of_kernel = jax.vjp(lambda w: conv(x, w), w)[1](g)[0]
+        moved = w - of_kernel / 100
+        return of_kernel, moved, jax.vjp(lambda x: conv(x, moved if needed else w), x)[1](g)[0]
+
+    was, now, text = before_and_after(both, x, w, g)
+    assert ("_both_gradients" in text) is not needed
+    for a, b in zip(was, now, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
 @pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")], ids=lambda layout: layout[0])
