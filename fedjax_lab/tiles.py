@@ -58,19 +58,22 @@ def joined(blocks: jax.Array) -> jax.Array:
 def cut(images: jax.Array, axes: Sequence[Axis], sizes: Sequence[int], low: Sequence[int]) -> jax.Array:
     """Of each tile its (i, j)-th place, ``[places, batch, *tiles, channels]``; zeros outside of the image.
 
-    A place at a time: XLA would let a gather of all of them write for the product after it, number by number.
+    A row of places at a time: XLA would let a gather of all of them write for the product after it, number by number.
     """
     batch, height, width, channels = images.shape
     firsts = [np.arange(axis.count) * axis.outputs - before for axis, before in zip(axes, low, strict=True)]
     tall, wide = (np.add.outer(np.arange(n), first) for n, first in zip(sizes, firsts, strict=True))
     y, x = tall[:, None, :, None], wide[None, :, None, :]
     inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    shape = (sizes[0] * sizes[1], 1, axes[0].count, axes[1].count)
+    shape = (*sizes, 1, axes[0].count, axes[1].count)
     at, inside = (array.reshape(shape) for array in (np.where(inside, y * width + x, 0), inside))
-    own, rows = _strides(batch, height * width), images.reshape(-1, channels)
+    own, rows = _strides(batch, height * width)[None], images.reshape(-1, channels)
     if inside.all():
-        return lax.map(lambda at: _rows(rows, at + own), jnp.asarray(at, jnp.int32))
-    return lax.map(lambda each: _rows(rows, each[0] + own, each[1]), (jnp.asarray(at, jnp.int32), jnp.asarray(inside)))
+        places = lax.map(lambda at: _rows(rows, at + own), jnp.asarray(at, jnp.int32))
+    else:
+        each = (jnp.asarray(at, jnp.int32), jnp.asarray(inside))
+        places = lax.map(lambda each: _rows(rows, each[0] + own, each[1]), each)
+    return places.reshape(-1, *places.shape[2:])
 
 
 def side_by_side(tiles: jax.Array, axes: Sequence[Axis], out: Sequence[int]) -> jax.Array:
