@@ -114,8 +114,7 @@ def chosen(program: Jaxpr, mesh: Mesh | None = None) -> Options | None:
     first = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     if first.platform != "cpu":
         return None
-    held = 1 if mesh is None else len(set(mesh.devices.flat).intersection(jax.local_devices()))
-    alone = held >= devices.cores() > 1
+    alone = devices.at_work(mesh) >= devices.cores() > 1
     small = is_small(program)
     tiny = small and flops(program) <= TINY
     options = (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | (NO_CALLS if tiny else {})

@@ -92,10 +92,14 @@ def use_cores(count: int | None = None) -> int:
     return count
 
 
+def at_work(mesh: Mesh | None) -> int:
+    """How many devices of this process a mesh has; one without a mesh."""
+    return 1 if mesh is None else len(set(mesh.devices.flat).intersection(jax.local_devices()))
+
+
 def threads_each(mesh: Mesh | None) -> int:
-    """Cores for each CPU device that works, of those of a mesh that are here; all for one device."""
-    here = 1 if mesh is None else len(set(mesh.devices.flat).intersection(jax.local_devices()))
-    return max(cores() // max(here, 1), 1)
+    """Cores for each CPU device that is at work."""
+    return max(cores() // max(at_work(mesh), 1), 1)
 
 
 def mesh(count: int | None = None) -> Mesh:

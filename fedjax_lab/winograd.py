@@ -4,14 +4,11 @@ Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks": ``m`` 
 the ``t = m + r - 1`` inputs that they see, take ``t`` multiplications instead of ``m r``, as
 ``A ((G filter) * (B inputs))`` with three small matrices; in two dimensions ``t^2`` instead of ``(m r)^2``. The sums
 over channels lie between the transforms, so each of the ``t^2`` places is a matrix product of ``[tiles, channels]``
-and ``[channels, features]``. The gradients are the adjoints: a kernel's shares the transform of the images with the
-forward pass, and the images' those of the kernel and of the outputs (the compiler computes equal things once).
+and ``[channels, features]``. The gradients are the adjoints.
 
-Each transform is one product with a small matrix over all tiles, and rows of channels are copied into tiles and back
-by gathers. XLA:CPU copies by rows there, at twice the speed of its own transposes, slices and sums.
-
-Tiles overlap, and of each there is a number for every place, channel and feature: of twenty images they fill more than
-a core's cache. So it is done a block of images after the other.
+Each transform is one product with a small matrix over all tiles. They overlap, and those of a batch don't stay in a
+core's cache: so it is done a block of images after the other. What is transformed isn't kept for the backward pass, but
+the two gradients of a layer are computed in one pass over the blocks, with one transform of the outputs' cotangent.
 """
 
 import functools
@@ -87,13 +84,8 @@ class Layer(NamedTuple):
 
 
 def convolution(layer: Layer, images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """``[batch, height, width, features]`` from ``[batch, height, width, channels]``.
-
-    Args:
-      layer: sizes.
-      images: as above.
-      kernel: ``[*taps, channels, features]``.
-    """
+    """``[batch, height, width, features]`` from images ``[batch, height, width, channels]`` and a kernel
+    ``[*taps, channels, features]``."""
     filters = _filters(layer, kernel)
 
     def given(images):
@@ -115,7 +107,7 @@ def kernel_gradient(layer: Layer, images: jax.Array, cotangent: jax.Array) -> ja
 
 
 def gradients(layer: Layer, images: jax.Array, cotangent: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The kernel's and the images', in one pass over the blocks: both need the cotangent's transform."""
+    """The kernel's and the images', in one pass over the blocks."""
     filters = _filters(layer, kernel)
     of_kernel, of_images = _summed(layer, images, cotangent, lambda given: _taken(layer, given, filters))
     return of_kernel, tiles.joined(of_images)

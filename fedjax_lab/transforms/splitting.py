@@ -59,6 +59,33 @@ class Collected(NamedTuple):
     env: Env
 
 
+class Rule(NamedTuple):
+    """When clusters are divided: the arguments of :func:`split_clusters`."""
+
+    slots: int
+    eps1: Any
+    eps2: Any
+    gamma_max: Any
+    min_rounds: int
+    linkage: str
+
+
+class Divisions(NamedTuple):
+    """Which clusters are divided.
+
+    Attributes:
+      second: ``bool[cohort]``, who is in the second half of a cluster.
+      divided: ``bool[slots]``.
+      number: ``int32[slots]``, of the cluster that a second half becomes.
+      metrics: the lengths that were looked at.
+    """
+
+    second: jax.Array
+    divided: jax.Array
+    number: jax.Array
+    metrics: dict[str, jax.Array]
+
+
 def split_clusters(
     max_clusters: int,
     *,
@@ -115,6 +142,7 @@ def split_clusters(
         near = checks.nearest(str(linkage), LINKAGES)
         raise ValueError(f"linkage must be one of {LINKAGES}; got {checks.shown(linkage)}{near}")
     slots = int(max_clusters)
+    rule = Rule(slots, eps1, eps2, gamma_max, min_rounds, linkage)
 
     def transform(round: Round) -> Round:
         _check(round)
@@ -160,14 +188,7 @@ def split_clusters(
             chosen = split_tree.choose(server.tree, here, member, division, updates)
             # Whoever is asked about an old division, or didn't answer, moves no cluster.
             cluster = jnp.where(ok & ~asked, member, slots)
-            means, lengths = _lengths(updates, collected.weights, cluster, slots)
-            members = _per_cluster(ok.astype(jnp.int32), cluster, slots)
-            settled = (means < eps1) & (lengths > eps2) & (members > 2) & (server.round >= min_rounds)
-            second, between = bipartition(cosines(updates), cluster, settled & (server.count < slots), linkage)
-            settled = settled & (gamma_max < jnp.sqrt(jnp.maximum(1 - between, 0) / 2)) & (between > -jnp.inf)
-            # New clusters get the next numbers, as far as there are any.
-            number = server.count + jnp.cumsum(settled) - 1
-            divided = settled & (number < slots)
+            second, divided, number, found = _divisions(rule, server, collected, cluster)
             seat = jnp.clip(cluster, 0, slots - 1)
             taking = divided[seat] & (cluster < slots)
             moved = second & taking
@@ -177,15 +198,14 @@ def split_clusters(
             )
             models = _grown(server.models, divided, number, slots)
             models, metrics = _served(round, models, collected, after, key, slots)
-            count = server.count + jnp.sum(divided)
             stay = Places(member, here.parent, jnp.where(taking, number[seat], here.passed))
             moves = Places(after, member, number[seat])
             placed = jax.vmap(select)(moved, moves, jax.vmap(select)(asked, chosen, stay))
             rows = jnp.where(ok & (asked | taking), env.ids, server.cluster.shape[0])
             places = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), server.places, placed)
-            found = {"clusters": count.astype(jnp.float32), "largest_mean_update": jnp.max(means)}
-            found["longest_update"] = jnp.max(lengths)
-            return SplitServer(models, tree, places, count, server.round + 1), metrics | found
+            count = server.count + jnp.sum(divided)
+            metrics |= {"clusters": count.astype(jnp.float32)} | found
+            return SplitServer(models, tree, places, count, server.round + 1), metrics
 
         inside = lambda server: stacked.pick(server.models, 0)
         put = lambda server, part: server._replace(models=stacked.replaced(server.models, 0, part))
@@ -220,6 +240,20 @@ def _check(round: Round) -> None:
         raise ValueError("split_clusters() compares updates, and these are encoded: put uplink() after it")
     if round.aggregate.reduce is not None:
         raise ValueError("split_clusters() needs an aggregator that adds up, and this Round's sees every upload itself")
+
+
+def _divisions(rule: Rule, server: SplitServer, collected: Collected, cluster: jax.Array) -> Divisions:
+    """The clusters, by number ``int32[cohort]``, that have settled where it doesn't suit their members."""
+    slots, updates = rule.slots, collected.updates
+    means, lengths = _lengths(updates, collected.weights, cluster, slots)
+    members = _per_cluster(collected.ok.astype(jnp.int32), cluster, slots)
+    settled = (means < rule.eps1) & (lengths > rule.eps2) & (members > 2) & (server.round >= rule.min_rounds)
+    second, between = bipartition(cosines(updates), cluster, settled & (server.count < slots), rule.linkage)
+    settled = settled & (rule.gamma_max < jnp.sqrt(jnp.maximum(1 - between, 0) / 2)) & (between > -jnp.inf)
+    # New clusters get the next numbers, as far as there are any.
+    number = server.count + jnp.cumsum(settled) - 1
+    metrics = {"largest_mean_update": jnp.max(means), "longest_update": jnp.max(lengths)}
+    return Divisions(second, settled & (number < slots), number, metrics)
 
 
 def _per_cluster(values: jax.Array, cluster: jax.Array, slots: int) -> jax.Array:

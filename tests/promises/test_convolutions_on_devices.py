@@ -18,6 +18,6 @@ def agree(began: float, clients: int) -> int:
 
 @pytest.mark.slow
 def test_the_eleventh_client_of_a_device_is_trained_like_the_first():
-    """The gradient of the second layer's inputs is XLA's convolution. Where devices held all of its threads, the queues
-    of these were full after some fifty steps, and the first layer's gradients wrong (8e-5 in the mean; jax 0.10.2)."""
+    """The gradient of the first layer's kernel is XLA's convolution. Where devices held all of its threads, the queues
+    of these were full after some fifty steps, and that gradient wrong (8e-5 in the mean; jax 0.10.2)."""
     assert fresh.call(__name__, "agree", {"clients": 24}, {"XLA_FLAGS": ""}) == 24
