@@ -119,14 +119,13 @@ def synchronous(
         return strong(new), cohort_metrics(answers) | server_metrics | probe.cost()
 
     together = functools.partial(step, abreast=True)
-    start, step = _compiled(start, step, data, mesh)
+    start, step, state = _compiled(start, step, data, mesh)
     if mesh is None:
         step.abreast = together
 
     def init(key, params=None):
         return start(typed_key(key), data, params)
 
-    state = jax.eval_shape(start, jax.random.key(0), data, None)
     check_stable(jax.eval_shape(step, state, data)[0], state)
     lens: Any = round.model
     variables: Any = lambda state: lens.get(state.server) if lens else None
@@ -171,14 +170,18 @@ def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: 
     return cohort
 
 
-def _compiled(start, step, data: FederatedData, mesh: Mesh | None) -> tuple[Any, Any]:
-    """Both jitted; over a mesh with the same places for the state that comes out as for the one that goes in."""
+def _compiled(start, step, data: FederatedData, mesh: Mesh | None) -> tuple[Any, Any, Any]:
+    """Both jitted, and the state's shapes; over a mesh with the same places for what comes out as for what goes in."""
+    state = jax.eval_shape(start, jax.random.key(0), data, None)
     if mesh is None:
-        return compiling.once(start), compiling.jit(step)
-    whole, state = devices.replicated(mesh), jax.eval_shape(start, jax.random.key(0), data, None)
+        return compiling.once(start), compiling.jit(step), state
+    whole = devices.replicated(mesh)
     places = jax.tree.map(lambda _: whole, state)
     places = places._replace(clients=jax.tree.map(lambda _: devices.by_client(mesh), state.clients))
-    return compiling.once(start, out_shardings=places), compiling.jit(step, mesh, out_shardings=(places, whole))
+    # With places, as the first round's state has them: else that round would be traced anew.
+    state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
+    start = compiling.once(start, out_shardings=places)
+    return start, compiling.jit(step, mesh, out_shardings=(places, whole)), state
 
 
 def serve(round: Round, server: PyTree, answers: Answers, env, key) -> tuple[PyTree, dict]:

@@ -154,6 +154,27 @@ def test_devices_that_hold_all_cores_cut_no_kernel_up():
     assert (usual, over_devices) == (str(int(cores) > 1), "False")
 
 
+def test_a_rounds_program_is_traced_once_over_devices():
+    """When the process is built, and not again when its first and second round run."""
+    script = """
+    import jax, optax
+    import fedjax_lab as fl
+    from algorithms.fedavg import fedavg
+    from tests.problems import softmax_data, softmax_model
+    fl.devices.use_cores(2)
+    round, traced = fedavg(softmax_model(), optax.sgd(0.1)), []
+    update = round.client_update
+    counted = lambda *given, **more: traced.append(None) or update(*given, **more)
+    round = round._replace(client_update=counted)
+    process = fl.synchronous(round, softmax_data(), fl.uniform(4), mesh=fl.devices.mesh())
+    built, state = len(traced), process.init(0)
+    for _ in range(2):
+        state, _ = process.step(state, process.data)
+    print(built, len(traced))
+    """
+    assert in_a_process(script).split() == ["1", "1"]
+
+
 def test_devices_that_hold_all_threads_are_warned_of():
     script = """
     import os, warnings
