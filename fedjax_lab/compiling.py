@@ -88,9 +88,18 @@ def once(function: Callable, **options: Any) -> Callable:
       function: of pytrees.
       **options: of ``jax.jit``.
     """
-    plain = jax.jit(function, **options)
-    quick = jax.jit(function, compiler_options=quickly(), **options)
-    return functools.wraps(function)(lambda *arguments: (plain if _traced(arguments) else quick)(*arguments))
+    plain, made = jax.jit(function, **options), None
+
+    @functools.wraps(function)
+    def call(*arguments):
+        nonlocal made
+        # In another program new arrays are traced, even if the arguments are not.
+        if _traced(arguments) or _traced(jnp.zeros(())):
+            return plain(*arguments)
+        made = made or jax.jit(function, compiler_options=quickly(), **options)
+        return made(*arguments)
+
+    return call
 
 
 def quickly() -> Options | None:

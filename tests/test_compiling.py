@@ -98,6 +98,12 @@ def test_a_function_is_traced_once_and_computes_what_jax_does(jit):
     assert len(traced) == 1
 
 
+def test_a_start_may_be_part_of_another_program():
+    start = compiling.once(lambda x: 2 * x)
+    assert jax.eval_shape(lambda: start(jnp.ones(3))).shape == (3,)
+    assert_close(jax.jit(lambda: start(jnp.ones(3)))(), 2 * jnp.ones(3))
+
+
 @pytest.mark.parametrize("batch", [None, 2])
 def test_cells_that_several_threads_send_off_are_their_own_runs(monkeypatch, batch):
     """Five cells on one device: three at once or as many as ``batch`` says; the last block is filled up."""
