@@ -94,9 +94,11 @@ def once(function: Callable, **options: Any) -> Callable:
     def call(*arguments):
         nonlocal made
         # In another program new arrays are traced, even if the arguments are not.
-        if _traced(arguments) or _traced(jnp.zeros(())):
+        if _traced(arguments) or _traced(jax.lax.convert_element_type(0, jnp.float32)):
             return plain(*arguments)
-        made = made or jax.jit(function, compiler_options=quickly(), **options)
+        if made is None:
+            plain.trace(*arguments)  # refuses what it refuses before anything is compiled
+            made = jax.jit(function, compiler_options=quickly(), **options)
         return made(*arguments)
 
     return call
