@@ -17,8 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fedjax_lab.tiles import Padding
-
 # Where it was the faster one or even, of 1 to 20 channels to 6 to 64 features, with 3 and 5 taps, one core, jax 0.10.
 FEW_CHANNELS, FEW_FEATURES, ODD_CHANNELS, MORE_FEATURES = 7, 16, (3, 5), 32
 # The other way: from many to few, where the window may stick out by more than half, or from not so many; of rows that
@@ -28,6 +26,7 @@ VERY_FEW_FEATURES, SOME_CHANNELS, MOST_TIMES = 8, 16, 4
 LEAST_WORK = 5e5
 # Places of a tile: a matrix of some 48 places and channels is large enough, and has few zeros.
 TILE, SMALLEST, LARGEST = 48, 4, 8
+Padding = Sequence[tuple[int, int]]  # of each axis, before and after
 
 
 def gathers(channels: int, features: int) -> bool:

@@ -19,7 +19,6 @@ MOST_INPUTS = 6
 # Each block reads all filters: its tiles are to take so many times their bytes. Image by image, a ResNet's rounds took
 # 1.2 times as long (width 64: the filters of its last layers take 14 times the bytes of an image's tiles).
 TIMES = 3
-Padding = Sequence[tuple[int, int]]
 
 
 class Axis(NamedTuple):
