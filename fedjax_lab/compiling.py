@@ -9,6 +9,7 @@ long. Other backends compile everything as they do by themselves.
 import functools
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import Mesh
+from jax.stages import Compiled, Traced
 
-from fedjax_lab import devices
+from fedjax_lab import devices, kept_programs
 from fedjax_lab.program import flops, flops_of
 from fedjax_lab.rewriting import programs_of
 
@@ -54,54 +56,115 @@ def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callabl
       mesh: devices that its work is shared out over.
       **options: of ``jax.jit``.
     """
-    plain, made = jax.jit(function, **options), None
     if jax.default_backend() != "cpu":
-        return plain
-
-    def program(arguments: tuple) -> Callable:
-        nonlocal made
-        if made is None:  # traced once: both have the same function
-            found = chosen(plain.trace(*arguments).jaxpr.jaxpr, mesh)
-            made = jax.jit(function, compiler_options=found, **options) if found else plain
-        return made
+        return jax.jit(function, **options)
+    made = _Made(function, mesh, lambda program: _wanted(program, mesh), options)
 
     @functools.wraps(function)
     def call(*arguments):
         if _traced(arguments):
-            return plain(*arguments)
+            return made.plain(*arguments)
         if mesh is None:
-            return program(arguments)(*arguments)
+            return made(*arguments)
         if _under_way and not _under_way[0].is_deleted():
             jax.block_until_ready(_under_way[0])
-        out = program(arguments)(*arguments)
+        out = made(*arguments)
         _under_way[:] = [min(jax.tree.leaves(out), key=lambda leaf: leaf.size)]
         return out
 
-    call.lower = lambda *arguments: program(arguments).lower(*arguments)  # pyright: ignore[reportAttributeAccessIssue]
-    return call
+    return _with_stages(call, made)
 
 
-def once(function: Callable, **options: Any) -> Callable:
+def once(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callable:
     """``jax.jit`` of a function that runs once, as one that begins a run: compiled for less time than others.
 
     Args:
       function: of pytrees.
+      mesh: devices that hold what it gives.
       **options: of ``jax.jit``.
     """
-    plain, made = jax.jit(function, **options), None
+    if jax.default_backend() != "cpu":
+        return jax.jit(function, **options)
+    made = _Made(function, mesh, lambda program: QUICKLY, options)
 
     @functools.wraps(function)
     def call(*arguments):
-        nonlocal made
         # In another program new arrays are traced, even if the arguments are not.
         if _traced(arguments) or _traced(jax.lax.convert_element_type(0, jnp.float32)):
-            return plain(*arguments)
-        if made is None:
-            plain.trace(*arguments)  # refuses what it refuses before anything is compiled
-            made = jax.jit(function, compiler_options=quickly(), **options)
+            return made.plain(*arguments)
         return made(*arguments)
 
+    return _with_stages(call, made)
+
+
+def ahead(function: Callable, *arguments: PyTree) -> PyTree:
+    """The shapes of what a function gives; one of :func:`jit` and :func:`once` is looked for on disk from here on.
+
+    Args:
+      function: of pytrees.
+      *arguments: what it will be called with, or their shapes.
+    """
+    begin = None if _traced(arguments) else getattr(function, "ahead", None)
+    return begin(*arguments) if begin else jax.eval_shape(function, *arguments)
+
+
+def _with_stages(call: Any, made: "_Made") -> Callable:
+    call.lower = lambda *arguments: made.jitted(*arguments).lower(*arguments)
+    call.ahead = made.ahead
     return call
+
+
+class _Made:
+    """A function compiled when it is first called, or read from disk, where programs are kept."""
+
+    def __init__(self, function: Callable, mesh: Mesh | None, wanted: Callable[[Jaxpr], Options], options: Options):
+        self.function, self.options, self.wanted, self.mesh = function, options, wanted, mesh
+        self.plain = jax.jit(function, **options)
+        self.fitted: Callable | None = None  # with XLA's options, for arguments of any shape
+        self.compiled: Compiled | None = None  # for those of the first call
+        self.begun: dict[str, Future[Compiled | None]] = {}
+
+    def __call__(self, *arguments):
+        if self.fitted is None and self.compiled is None:
+            self.compiled = self._ready(arguments)
+        if self.compiled is not None:
+            try:
+                return self.compiled(*arguments)
+            except (TypeError, ValueError):  # others than the first ones
+                pass
+        return self.jitted(*arguments)(*arguments)
+
+    def jitted(self, *arguments) -> Callable:
+        if self.fitted is None:
+            found = _known(tuple(self.wanted(self.plain.trace(*arguments).jaxpr.jaxpr).items()))
+            self.fitted = jax.jit(self.function, compiler_options=found, **self.options) if found else self.plain
+        return self.fitted
+
+    def ahead(self, *arguments) -> PyTree:
+        traced, _, name = self._looked_at(arguments)
+        if name is not None and name not in self.begun:
+            self.begun[name] = kept_programs.fetch(name, traced, arguments, self.devices())
+        return traced.out_info
+
+    def devices(self) -> list[Any]:
+        if self.mesh is not None:
+            return list(self.mesh.devices.flat)
+        config: Any = jax.config
+        chosen = config.jax_default_device
+        return [jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen]
+
+    def _ready(self, arguments: tuple) -> Compiled | None:
+        traced, wanted, name = self._looked_at(arguments)
+        if name is None:
+            return None
+        self.ahead(*arguments)
+        found = kept_programs.waited_for(self.begun.pop(name), traced)
+        return found or kept_programs.compiled(name, traced, _known(tuple(wanted.items())) or None)
+
+    def _looked_at(self, arguments: tuple) -> tuple[Traced, Options, str | None]:
+        traced = self.plain.trace(*arguments)  # JAX has it still, if it has traced it before
+        wanted = self.wanted(traced.jaxpr.jaxpr)
+        return traced, wanted, kept_programs.name_of(traced, arguments, self.devices(), wanted, self.options)
 
 
 def quickly() -> Options | None:
@@ -123,13 +186,15 @@ def chosen(program: Jaxpr, mesh: Mesh | None = None) -> Options | None:
     (with a thread to spare, a sweep of W1 took half as long again), and can do harm, see ``devices._enough_threads``.
     """
     first = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if first.platform != "cpu":
-        return None
+    return (_known(tuple(_wanted(program, mesh).items())) or None) if first.platform == "cpu" else None
+
+
+def _wanted(program: Jaxpr, mesh: Mesh | None) -> Options:
+    """The same for a program on a CPU, whether or not this version of XLA has them all."""
     alone = devices.at_work(mesh) >= devices.cores() > 1
     small = is_small(program)
     tiny = small and flops(program) <= TINY
-    options = (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | (NO_CALLS if tiny else {})
-    return _known(tuple(options.items())) or None
+    return (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | (NO_CALLS if tiny else {})
 
 
 def is_small(program: Jaxpr) -> bool:

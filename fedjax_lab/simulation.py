@@ -126,7 +126,7 @@ def synchronous(
     def init(key, params=None):
         return start(typed_key(key), data, params)
 
-    check_stable(jax.eval_shape(step, state, data)[0], state)
+    check_stable(compiling.ahead(step, state, data)[0], state)
     lens: Any = round.model
     variables: Any = lambda state: lens.get(state.server) if lens else None
     return Process(
@@ -174,13 +174,16 @@ def _compiled(start, step, data: FederatedData, mesh: Mesh | None) -> tuple[Any,
     """Both jitted, and the state's shapes; over a mesh with the same places for what comes out as for what goes in."""
     state = jax.eval_shape(start, jax.random.key(0), data, None)
     if mesh is None:
-        return compiling.once(start), compiling.jit(step), state
+        start = compiling.once(start)
+        compiling.ahead(start, jax.random.key(0), data, None)
+        return start, compiling.jit(step), state
     whole = devices.replicated(mesh)
     places = jax.tree.map(lambda _: whole, state)
     places = places._replace(clients=jax.tree.map(lambda _: devices.by_client(mesh), state.clients))
     # With places, as the first round's state has them: else that round would be traced anew.
     state = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places)
-    start = compiling.once(start, out_shardings=places)
+    start = compiling.once(start, mesh, out_shardings=places)
+    compiling.ahead(start, jax.random.key(0), data, None)
     return start, compiling.jit(step, mesh, out_shardings=(places, whole)), state
 
 

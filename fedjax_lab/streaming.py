@@ -177,7 +177,7 @@ class _Shapes:
     """Shapes of all that a round computes with, found and checked before anything is compiled."""
 
     def __init__(self, round: Round, start, draw, compute, data: FederatedData):
-        server, sampler, number, key = jax.eval_shape(start, jax.random.key(0), None, data)
+        server, sampler, number, key = compiling.ahead(start, jax.random.key(0), None, data)
         self.clients = jax.eval_shape(lambda s, d: empty_states(round, s, d), server, data)
         for name, leaf in checks.named_leaves(self.clients.table):
             if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -192,7 +192,7 @@ class _Shapes:
         clients = self.members = jax.tree.map(of(self.cohort), self.clients)._replace(members=members)
         self.server = server
         arguments = (server, clients, self.drawn, key, cohort)
-        new = jax.eval_shape(compute, *arguments)
+        new = compiling.ahead(compute, *arguments)
         names = ("server", "clients", "sampler")
         check_stable(dict(zip(names, new, strict=False)), dict(zip(names, (server, clients, sampler), strict=True)))
         self.program = lambda: "\n".join(

@@ -7,15 +7,16 @@ import optax
 import pytest
 
 from algorithms.fedavg import fedavg
+from fedjax_lab import kept_programs
 from tests.problems import softmax_model
 
-COMPILED: list[str] = []  # what XLA compiled, or took from its cache, since it was last cleared
+COMPILED: list[str] = []  # what XLA compiled, or was taken from a cache, since it was last cleared
 COPIES = {"jit(stage)", "jit(convert_element_type)"}  # of arrays to the device
 PROGRAMS = {"jit(start)", "jit(step)", "jit(many)"}  # of a process and a run
 
 
 def _count(event: str, seconds: float, **what) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
+    if event in ("/jax/core/compile/backend_compile_duration", kept_programs.READ):
         COMPILED.append(what.get("fun_name", "?"))
 
 

@@ -1,0 +1,146 @@
+"""Compiled programs kept on disk, found again by what was traced.
+
+JAX's own compilation cache is asked with a program's whole text, which has to be made first: for a round of W2 that is
+a quarter of a second in every process, and reading the program another tenth. A digest of the traced equations
+(``digest.py``) takes a tenth of that, and programs are read in threads of their own while the next one is traced. They
+lie in a folder inside of JAX's (``jax_compilation_cache_dir``), and are kept when JAX would keep them.
+
+They are programs: as with JAX's own, whoever may write that folder may run anything as you.
+"""
+
+import hashlib
+import os
+import pathlib
+import tempfile
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import jax
+import jax.monitoring
+from jax.experimental import serialize_executable
+from jax.stages import Compiled, Traced
+
+from fedjax_lab import digest, hosts
+
+PyTree = Any
+READ = "/fedjax_lab/program_read_duration"
+THREADS = ThreadPoolExecutor(2, "fedjax_lab-programs")
+SEAL = hashlib.sha256().digest_size  # bytes in front of a file, which tell whether it is whole
+
+
+def folder() -> pathlib.Path | None:
+    """Where programs are kept; ``None`` if the user keeps none, or wants to look into what they compute."""
+    config: Any = jax.config
+    where = config.jax_compilation_cache_dir
+    looked_into = config.jax_disable_jit or config.jax_debug_nans or config.jax_debug_infs
+    bounded = config.jax_compilation_cache_max_size != -1  # JAX counts its own files only
+    if not where or "://" in where or not config.jax_enable_compilation_cache or looked_into or bounded:
+        return None
+    return None if hosts.several() else pathlib.Path(where) / "fedjax_lab"
+
+
+def name_of(traced: Traced, arguments: tuple, devices: Sequence[Any], *besides: Any) -> str | None:
+    """The name of a program's file; ``None`` if it can't be kept.
+
+    Args:
+      traced: the program.
+      arguments: what it was traced with.
+      devices: that it runs on, in their order.
+      *besides: what else tells it from others, see :func:`fedjax_lab.digest.of`.
+    """
+    if folder() is None:
+        return None
+    places = [_place(leaf) for leaf in jax.tree.leaves(arguments)]
+    numbers = [device.id for device in devices]
+    if any(place is not None and not place.device_set <= set(devices) for place in places):
+        return None
+    found = digest.of(traced.jaxpr, places, numbers, *besides)
+    return found and f"{traced.fun_name}-{found}"
+
+
+def _place(x: Any) -> jax.sharding.Sharding | None:
+    """Where an argument must stay."""
+    return getattr(x, "sharding", None) if getattr(x, "committed", True) else None
+
+
+def fetch(name: str, traced: Traced, arguments: tuple, devices: Sequence[Any]) -> Future[Compiled | None]:
+    """Begins to read a program; the result is ``None`` if it isn't there, or isn't whole."""
+    where, structure, out = folder(), jax.tree.structure((arguments, {})), traced.out_tree
+    return THREADS.submit(_read, where and where / name, structure, out, tuple(devices))
+
+
+def waited_for(begun: Future[Compiled | None], traced: Traced) -> Compiled | None:
+    """A program that is being read; ``jax.monitoring`` is told (:data:`READ`), as JAX tells of those it compiles."""
+    begin = time.perf_counter()
+    found = begun.result()
+    if found is not None:
+        jax.monitoring.record_event_duration_secs(READ, time.perf_counter() - begin, fun_name=f"jit({traced.fun_name})")
+    return found
+
+
+def _read(file: pathlib.Path | None, structure: Any, out: Any, devices: tuple[Any, ...]) -> Compiled | None:
+    try:
+        whole = b"" if file is None else file.read_bytes()
+    except OSError:
+        return None
+    seal, content = whole[:SEAL], whole[SEAL:]
+    if seal != hashlib.sha256(content).digest():
+        return None
+    try:
+        return serialize_executable.deserialize_and_load(
+            zlib.decompress(content), structure, out, execution_devices=devices
+        )
+    except Exception as error:  # whatever another version wrote: it is compiled anew, and replaced
+        warnings.warn(f"the compiled program {file} can't be used, and is made again: {error}", stacklevel=1)
+        return None
+
+
+def compiled(name: str, traced: Traced, options: Mapping[str, Any] | None) -> Compiled:
+    """A program compiled with XLA's options; begins to write it, if it took long enough."""
+    begin, read = time.perf_counter(), _found_by_jax.count
+    made = traced.lower().compile(compiler_options=dict(options) if options else None)
+    # XLA writes what it has compiled itself, and before it first runs: of what it has read, parts are missing.
+    if _found_by_jax.count == read:
+        _keep(name, made, time.perf_counter() - begin)
+    return made
+
+
+class _Count(threading.local):
+    count = 0
+
+
+_found_by_jax = _Count()
+
+
+def _listen(event: str, **_: Any) -> None:
+    _found_by_jax.count += event == "/jax/compilation_cache/cache_hits"
+
+
+jax.monitoring.register_event_listener(_listen)
+
+
+def _keep(name: str, compiled: Compiled, seconds: float) -> Future[None] | None:
+    where, config = folder(), cast(Any, jax.config)
+    if where is None or seconds < config.jax_persistent_cache_min_compile_time_secs:
+        return None
+    try:
+        content = serialize_executable.serialize(compiled)[0]
+    except (NotImplementedError, ValueError, jax.errors.JaxRuntimeError):  # some kinds can't be written at all
+        return None
+    return THREADS.submit(_write, where / name, content)
+
+
+def _write(file: pathlib.Path, content: bytes) -> None:
+    content = zlib.compress(content, 1)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", delete=False) as new:
+            new.write(hashlib.sha256(content).digest() + content)
+        os.replace(new.name, file)
+    except OSError as error:
+        warnings.warn(f"can't keep the compiled program {file}: {error}", stacklevel=1)

@@ -1,0 +1,163 @@
+"""Compiled programs are kept between processes, are the same ones, and do no harm when they are not whole."""
+
+import json
+
+import jax
+import pytest
+
+from fedjax_lab import kept_programs
+from tests.compiling import in_a_process
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="programs are kept for CPUs")
+
+COUNTING = """
+import json, pathlib, sys, warnings
+import jax, jax.numpy as jnp, numpy as np, optax
+import fedjax_lab as fl
+from fedjax_lab import compiling, kept_programs
+compiled, read = [], []
+def count(event, seconds, fun_name=None, **_):
+    lists = {"/jax/core/compile/backend_compile_duration": compiled, kept_programs.READ: read}
+    if event in lists and fun_name in ("jit(start)", "jit(step)", "jit(many)", "jit(function)"):
+        lists[event].append(fun_name)
+jax.monitoring.register_event_duration_secs_listener(count)
+"""
+ROUNDS = """
+    fl.devices.use_cores(2)
+    from algorithms.scaffold import scaffold
+    from fedjax_lab.state_leaves import state_digest
+    from tests.problems import softmax_data, softmax_model
+    round = scaffold(softmax_model(), client_optimizer=optax.sgd(0.1), epochs=1, batch_size=5)
+    digests = []
+    for mesh in (None, fl.devices.mesh(2)):
+        process = fl.synchronous(round, softmax_data(), fl.uniform(4), mesh=mesh)
+        state = process.init(0)
+        for _ in range(3):
+            state, _ = process.step(state, process.data)
+        digests.append(state_digest(state))
+        digests.append(state_digest(fl.run(process, 3, seed=1, progress=False).state))
+    print(json.dumps([digests, sorted(compiled), sorted(read)]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where JAX's cache is in processes to come; all that is compiled is kept."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    return tmp_path / "fedjax_lab"
+
+
+def said(script: str):
+    lines = [line.removeprefix("    ") for line in script.splitlines()]
+    return json.loads(in_a_process(COUNTING + "\n".join(lines)).splitlines()[-1])
+
+
+def test_a_second_process_compiles_none_of_the_programs_and_computes_the_same_bits(folder):
+    programs = sorted(2 * ["jit(start)", "jit(step)", "jit(many)"])
+    first, compiled, read = said(ROUNDS)
+    assert (compiled, read) == (programs, [])
+    assert len(list(folder.iterdir())) == len(programs)
+    again, compiled, read = said(ROUNDS)
+    assert (compiled, read) == ([], programs)
+    assert again == first
+
+
+def test_nothing_is_kept_unless_the_user_keeps_programs(monkeypatch):
+    config = jax.config
+    for name, value in [
+        ("jax_compilation_cache_dir", None),
+        ("jax_compilation_cache_dir", "gs://a-bucket/programs"),
+        ("jax_enable_compilation_cache", False),
+        ("jax_compilation_cache_max_size", 10_000),
+        ("jax_debug_nans", True),
+        ("jax_disable_jit", True),
+    ]:
+        before = config.values[name]
+        try:
+            config.update(name, value)
+            assert kept_programs.folder() is None, name
+        finally:
+            config.update(name, before)
+
+
+DAMAGE = """
+    x = jnp.arange(6.0).reshape(2, 3)
+
+    def made():
+        for file in kept_programs.folder().parent.glob("*-cache"):
+            file.unlink()  # JAX's own, of which nothing could be kept again
+        def function(x):
+            return jnp.sin(x) @ x.T
+        out = compiling.jit(function)(x)
+        kept_programs.THREADS.shutdown()
+        kept_programs.THREADS = type(kept_programs.THREADS)(2)
+        return np.asarray(out).tolist()
+
+    whole, out = made(), []
+    (file,) = kept_programs.folder().iterdir()
+    content = file.read_bytes()
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 4
+    other = b"not a program"
+    import hashlib
+    for damaged in (b"", content[:20], content[:-1], bytes(flipped), hashlib.sha256(other).digest() + other):
+        file.write_bytes(damaged)
+        compiled.clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            same = made() == whole
+        out.append([same, list(compiled), file.read_bytes() != damaged, len(told)])
+    compiled.clear()
+    out.append([made() == whole, list(compiled), True, 0])
+    print(json.dumps(out))
+"""
+
+
+def test_a_program_that_is_not_whole_is_compiled_again_and_replaced(folder):
+    *damaged, whole = said(DAMAGE)
+    assert whole == [True, [], True, 0]
+    *torn, foreign = damaged
+    assert torn == 4 * [[True, ["jit(function)"], True, 0]]
+    assert foreign == [True, ["jit(function)"], True, 1]  # sealed, but no program: told
+
+
+OTHERS = """
+    def function(state, x):
+        return state + jnp.sum(x), x
+
+    for _ in range(2):
+        ours = compiling.jit(function, donate_argnums=0)
+        state = jnp.zeros(())
+        after, _ = ours(state, jnp.ones(3))
+        donated = state.is_deleted()
+        others = [float(ours(jnp.zeros(()), x)[0]) for x in (jnp.ones(5), jnp.ones(3), jnp.ones(4, int))]
+        inside = float(jax.grad(lambda x: ours(jnp.zeros(()), x)[0])(jnp.ones(3))[1])
+    try:
+        ours(jnp.zeros(()), "text")
+        wrong = None
+    except TypeError as error:
+        wrong = "text" in str(error) or "str" in str(error)
+    print(json.dumps([float(after), donated, others, inside, wrong, read]))
+"""
+
+
+def test_a_program_that_was_read_takes_over_its_state_and_lets_others_through(folder):
+    assert said(OTHERS) == [3.0, True, [5.0, 3.0, 4.0], 1.0, True, ["jit(function)"]]
+    assert said(OTHERS) == [3.0, True, [5.0, 3.0, 4.0], 1.0, True, 2 * ["jit(function)"]]
+
+
+def test_a_folder_that_cannot_be_written_is_told_and_does_no_harm(folder):
+    folder.write_text("a file where the folder should be")
+    script = """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        def function(x):
+            return 2 * x
+        out = float(compiling.jit(function)(jnp.ones(())))
+        kept_programs.THREADS.shutdown()
+    print(json.dumps([out, ["can't keep" in str(one.message) for one in told]]))
+    """
+    assert said(script) == [2.0, [True]]
+    assert folder.read_text() == "a file where the folder should be"
