@@ -14,8 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, get_opaque_trace_state
 from jax.sharding import Mesh
 from jax.stages import Compiled, Traced
 
@@ -62,7 +61,7 @@ def jit(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callabl
 
     @functools.wraps(function)
     def call(*arguments):
-        if _traced(arguments):
+        if _inside_another():
             return made.plain(*arguments)
         if mesh is None:
             return made(*arguments)
@@ -89,10 +88,7 @@ def once(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callab
 
     @functools.wraps(function)
     def call(*arguments):
-        # In another program new arrays are traced, even if the arguments are not.
-        if _traced(arguments) or _traced(jax.lax.convert_element_type(0, jnp.float32)):
-            return made.plain(*arguments)
-        return made(*arguments)
+        return (made.plain if _inside_another() else made)(*arguments)
 
     return _with_stages(call, made)
 
@@ -104,7 +100,7 @@ def ahead(function: Callable, *arguments: PyTree) -> PyTree:
       function: of pytrees.
       *arguments: what it will be called with, or their shapes.
     """
-    begin = None if _traced(arguments) else getattr(function, "ahead", None)
+    begin = None if _inside_another() else getattr(function, "ahead", None)
     return begin(*arguments) if begin else jax.eval_shape(function, *arguments)
 
 
@@ -172,8 +168,15 @@ def quickly() -> Options | None:
     return (_known(tuple(QUICKLY.items())) or None) if jax.default_backend() == "cpu" else None
 
 
-def _traced(arguments: PyTree) -> bool:
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arguments))
+def _inside_another() -> bool:
+    """Is this part of another program that is being traced, whether or not the arguments are?"""
+    return get_opaque_trace_state() != _outermost()
+
+
+@functools.cache
+def _outermost() -> Any:
+    with jax.ensure_compile_time_eval():
+        return get_opaque_trace_state()
 
 
 _under_way: list[jax.Array] = []  # a result of the last program that was sent off to several CPU devices

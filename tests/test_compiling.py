@@ -98,10 +98,24 @@ def test_a_function_is_traced_once_and_computes_what_jax_does(jit):
     assert len(traced) == 1
 
 
-def test_a_start_may_be_part_of_another_program():
-    start = compiling.once(lambda x: 2 * x)
-    assert jax.eval_shape(lambda: start(jnp.ones(3))).shape == (3,)
-    assert_close(jax.jit(lambda: start(jnp.ones(3)))(), 2 * jnp.ones(3))
+@pytest.mark.parametrize("jit", [compiling.jit, compiling.once])
+@pytest.mark.parametrize("called", [False, True])
+def test_a_function_may_be_part_of_another_program_even_if_its_arguments_are_not(jit, called):
+    ours, x, computed = jit(lambda x: jnp.sin(x) @ x.T), np.ones((3, 3), np.float32), []
+    if called:
+        computed.append(ours(x))
+    assert jax.eval_shape(lambda: ours(x)).shape == (3, 3)
+    assert "sin" in str(jax.make_jaxpr(lambda: ours(x))())  # traced, rather than computed at once
+    assert_close(jax.jit(lambda: ours(x))(), jnp.sin(x) @ x.T)
+    assert_close(jax.vmap(lambda y: y * ours(x)[0, 0])(x[0]), (jnp.sin(x) @ x.T)[0, 0] * x[0])
+    assert_close(jax.grad(lambda y: y * ours(x)[0, 0])(1.0), (jnp.sin(x) @ x.T)[0, 0])
+
+
+def test_a_step_may_be_traced_with_a_state_that_is_there():
+    process = fl.synchronous(fedavg(softmax_model(), optax.sgd(0.1)), softmax_data(), fl.uniform(4))
+    state = process.init(0)
+    new, metrics = jax.eval_shape(lambda: process.step(state, process.data))
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, state) and "loss" in metrics
 
 
 @pytest.mark.parametrize("batch", [None, 2])
