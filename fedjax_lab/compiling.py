@@ -8,6 +8,7 @@ long. Other backends compile everything as they do by themselves.
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -118,14 +119,19 @@ class _Made:
         self.plain = jax.jit(function, **options)
         self.fitted: Callable | None = None  # with XLA's options, for arguments of any shape
         self.compiled: Compiled | None = None  # for those of the first call
+        self.unproven: str | None = None  # the name of the latter, where it was read and has not run yet
         self.begun: dict[str, Future[Compiled | None]] = {}
+        self.named: tuple[Any, str | None] = (None, None)
+        self.lock = threading.Lock()
 
     def __call__(self, *arguments):
         if self.fitted is None and self.compiled is None:
-            self.compiled = self._ready(arguments)
+            with self.lock:
+                if self.compiled is None:
+                    self.compiled = self._ready(arguments)
         if self.compiled is not None:
             try:
-                return self.compiled(*arguments)
+                return self._run(arguments)
             except (TypeError, ValueError):  # others than the first ones
                 pass
         return self.jitted(*arguments)(*arguments)
@@ -137,7 +143,7 @@ class _Made:
         return self.fitted
 
     def ahead(self, *arguments) -> PyTree:
-        traced, _, name = self._looked_at(arguments)
+        traced, name = self._traced(arguments)
         if name is not None and name not in self.begun:
             self.begun[name] = kept_programs.fetch(name, traced, arguments, self.devices())
         return traced.out_info
@@ -150,17 +156,40 @@ class _Made:
         return [jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen]
 
     def _ready(self, arguments: tuple) -> Compiled | None:
-        traced, wanted, name = self._looked_at(arguments)
+        traced, name = self._traced(arguments)
         if name is None:
             return None
         self.ahead(*arguments)
         found = kept_programs.waited_for(self.begun.pop(name), traced)
-        return found or kept_programs.compiled(name, traced, _known(tuple(wanted.items())) or None)
+        self.unproven = name if found else None
+        return found or self._compiled(name, traced)
 
-    def _looked_at(self, arguments: tuple) -> tuple[Traced, Options, str | None]:
+    def _compiled(self, name: str, traced: Traced) -> Compiled:
+        known = _known(tuple(self.wanted(traced.jaxpr.jaxpr).items()))
+        return kept_programs.compiled(name, traced, known or None)
+
+    def _run(self, arguments: tuple) -> PyTree:
+        assert self.compiled
+        try:
+            out = self.compiled(*arguments)
+        except jax.errors.JaxRuntimeError as error:
+            taken = any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(arguments))
+            if self.unproven is None or taken:
+                raise
+            kept_programs.forget(self.unproven, error)
+            self.compiled = self._compiled(self.unproven, self.plain.trace(*arguments))
+            out = self.compiled(*arguments)
+        self.unproven = None
+        return out
+
+    def _traced(self, arguments: tuple) -> tuple[Traced, str | None]:
+        """The function's program, and the name under which it is kept."""
         traced = self.plain.trace(*arguments)  # JAX has it still, if it has traced it before
-        wanted = self.wanted(traced.jaxpr.jaxpr)
-        return traced, wanted, kept_programs.name_of(traced, arguments, self.devices(), wanted, self.options)
+        if self.named[0] is not traced.jaxpr:
+            wanted = self.wanted(traced.jaxpr.jaxpr)
+            name = kept_programs.name_of(traced, arguments, self.devices(), wanted, self.options)
+            self.named = traced.jaxpr, name
+        return traced, self.named[1]
 
 
 def quickly() -> Options | None:

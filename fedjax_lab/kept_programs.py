@@ -102,26 +102,38 @@ def _read(file: pathlib.Path | None, structure: Any, out: Any, devices: tuple[An
 
 def compiled(name: str, traced: Traced, options: Mapping[str, Any] | None) -> Compiled:
     """A program compiled with XLA's options; begins to write it, if it took long enough."""
-    begin, read = time.perf_counter(), _found_by_jax.count
+    begin, before = time.perf_counter(), (_told.compiled, _told.found)
     made = traced.lower().compile(compiler_options=dict(options) if options else None)
-    # XLA writes what it has compiled itself, and before it first runs: of what it has read, parts are missing.
-    if _found_by_jax.count == read:
+    # XLA writes only what it has just compiled: parts are missing of what was read, or has run.
+    if (_told.compiled, _told.found) == (before[0] + 1, before[1]):
         _keep(name, made, time.perf_counter() - begin)
     return made
 
 
-class _Count(threading.local):
-    count = 0
+def forget(name: str, why: Exception) -> None:
+    """Removes a program that doesn't run."""
+    where = folder()
+    if where is not None:
+        (where / name).unlink(missing_ok=True)
+    warnings.warn(f"the compiled program {name} doesn't run, and is made again: {why}", stacklevel=2)
 
 
-_found_by_jax = _Count()
+class _Told(threading.local):
+    """Programs that JAX said, in this thread, it has made; and those of them that it found in its own cache."""
+
+    compiled = found = 0
 
 
-def _listen(event: str, **_: Any) -> None:
-    _found_by_jax.count += event == "/jax/compilation_cache/cache_hits"
+_told = _Told()
+
+
+def _listen(event: str, *_: Any, **__: Any) -> None:
+    _told.compiled += event == "/jax/core/compile/backend_compile_duration"
+    _told.found += event == "/jax/compilation_cache/cache_hits"
 
 
 jax.monitoring.register_event_listener(_listen)
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def _keep(name: str, compiled: Compiled, seconds: float) -> Future[None] | None:

@@ -161,3 +161,58 @@ def test_a_folder_that_cannot_be_written_is_told_and_does_no_harm(folder):
     """
     assert said(script) == [2.0, [True]]
     assert folder.read_text() == "a file where the folder should be"
+
+
+BROKEN = """
+    def made():
+        def function(state, x):
+            return state + jnp.sum(x)
+        ours = compiling.jit(function, donate_argnums=0)
+        out = [float(ours(jnp.zeros(()), jnp.ones(3))) for _ in range(2)]
+        kept_programs.THREADS.shutdown()
+        kept_programs.THREADS = type(kept_programs.THREADS)(2)
+        return out
+
+    def broken(*_):
+        def runs(*_):
+            raise jax.errors.JaxRuntimeError("NOT_FOUND: Function iota not found")
+        return runs
+
+    out = made()
+    for file in kept_programs.folder().parent.glob("*-cache"):
+        file.unlink()
+    whole, kept_programs._read = kept_programs._read, broken
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        out += made()
+    kept_programs._read = whole
+    compiled.clear(), read.clear()
+    out += made()
+    print(json.dumps([out, ["doesn't run" in str(one.message) for one in told], compiled, read]))
+"""
+
+
+def test_a_program_that_does_not_run_is_made_again_and_replaced(folder):
+    assert said(BROKEN) == [6 * [3.0], [True], [], ["jit(function)"]]
+
+
+THREADED = """
+    from concurrent.futures import ThreadPoolExecutor
+    def function(x):
+        return jnp.sort(jnp.sin(x) @ x.T, 0)
+
+    x = jnp.arange(12.0).reshape(4, 3)
+    with ThreadPoolExecutor(8) as pool:
+        ours = compiling.jit(function)
+        same = list(pool.map(lambda _: float(jnp.sum(ours(x))), range(8)))
+        others = [compiling.jit(function) for _ in range(8)]
+        same += list(pool.map(lambda ours: float(jnp.sum(ours(x))), others))
+    kept_programs.THREADS.submit(lambda: None).result()
+    again = float(jnp.sum(compiling.jit(function)(x)))
+    print(json.dumps([len(set([*same, again])), compiled.count("jit(function)") >= 1, len(read) >= 1]))
+"""
+
+
+def test_threads_that_begin_at_once_keep_a_program_that_runs(folder):
+    assert said(THREADED) == [1, True, True]
+    assert said(THREADED) == [1, False, True]
