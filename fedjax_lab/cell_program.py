@@ -16,9 +16,9 @@ import optax
 from jax.core import eval_jaxpr
 
 from fedjax_lab import checks
-from fedjax_lab.compiling import is_small
 from fedjax_lab.grids import Cells, Number
 from fedjax_lab.process import Process
+from fedjax_lab.xla_options import is_small
 
 PyTree = Any
 MakeProcess = Callable[..., Process]

@@ -13,11 +13,11 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_lab import checks
 from fedjax_lab.cell_program import CellProgram, Traced
-from fedjax_lab.compiling import Options, chosen, quickly
 from fedjax_lab.devices import cores, warn_of_few_threads
 from fedjax_lab.grids import Cells
 from fedjax_lab.process import Process
 from fedjax_lab.session import rounds_of
+from fedjax_lab.xla_options import Options, chosen, quickly
 
 PyTree = Any
 Device = Any
