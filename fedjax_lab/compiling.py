@@ -99,7 +99,7 @@ class _Made:
         self.compiled: Compiled | None = None  # for those of the first call
         self.unproven: str | None = None  # the name of the latter, where it was read and has not run yet
         self.begun: dict[str, Future[Compiled | None]] = {}
-        self.named: tuple[Any, str | None] = (None, None)
+        self.named: tuple[Any, list, str | None] = (None, [], None)
         self.lock = threading.Lock()
 
     def __call__(self, *arguments):
@@ -163,11 +163,12 @@ class _Made:
     def _traced(self, arguments: tuple) -> tuple[Traced, str | None]:
         """The function's program, and the name under which it is kept."""
         traced = self.plain.trace(*arguments)  # JAX has it still, if it has traced it before
-        if self.named[0] is not traced.jaxpr:
-            wanted = self.wanted(traced.jaxpr.jaxpr)
-            name = kept_programs.name_of(traced, arguments, self.devices(), wanted, self.options)
-            self.named = traced.jaxpr, name
-        return traced, self.named[1]
+        program, places = traced.jaxpr, kept_programs.places_of(arguments)
+        if self.named[0] is not program or self.named[1] != places:
+            wanted = self.wanted(program.jaxpr)
+            name = kept_programs.name_of(traced, places, self.devices(), wanted, self.options)
+            self.named = program, places, name
+        return traced, self.named[2]
 
 
 def _inside_another() -> bool:

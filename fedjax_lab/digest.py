@@ -57,7 +57,7 @@ def of(program: ClosedJaxpr, *besides: Any) -> str | None:
     try:
         parts = _Parts()
         return parts.digest((surroundings(), settings(), *besides), program)
-    except Unknown:
+    except (Unknown, AttributeError):  # the latter where another version of JAX has no such fact
         return None
 
 

@@ -22,10 +22,14 @@ from typing import Any, cast
 
 import jax
 import jax.monitoring
-from jax.experimental import serialize_executable
 from jax.stages import Compiled, Traced
 
 from fedjax_lab import digest, hosts
+
+try:
+    from jax.experimental import serialize_executable
+except ImportError:  # it may go, as all that is experimental: then JAX's own cache is left
+    serialize_executable = cast(Any, None)
 
 PyTree = Any
 READ = "/fedjax_lab/program_read_duration"
@@ -41,31 +45,30 @@ def folder() -> pathlib.Path | None:
     bounded = config.jax_compilation_cache_max_size != -1  # JAX counts its own files only
     if not where or "://" in where or not config.jax_enable_compilation_cache or looked_into or bounded:
         return None
+    if serialize_executable is None:
+        return None
     return None if hosts.several() else pathlib.Path(where) / "fedjax_lab"
 
 
-def name_of(traced: Traced, arguments: tuple, devices: Sequence[Any], *besides: Any) -> str | None:
+def name_of(traced: Traced, places: Sequence[Any], devices: Sequence[Any], *besides: Any) -> str | None:
     """The name of a program's file; ``None`` if it can't be kept.
 
     Args:
       traced: the program.
-      arguments: what it was traced with.
+      places: of its arguments (:func:`places_of`).
       devices: that it runs on, in their order.
       *besides: what else tells it from others, see :func:`fedjax_lab.digest.of`.
     """
-    if folder() is None:
+    if folder() is None or any(place is not None and not place.device_set <= set(devices) for place in places):
         return None
-    places = [_place(leaf) for leaf in jax.tree.leaves(arguments)]
-    numbers = [device.id for device in devices]
-    if any(place is not None and not place.device_set <= set(devices) for place in places):
-        return None
-    found = digest.of(traced.jaxpr, places, numbers, *besides)
+    found = digest.of(traced.jaxpr, places, [device.id for device in devices], *besides)
     return found and f"{traced.fun_name}-{found}"
 
 
-def _place(x: Any) -> jax.sharding.Sharding | None:
-    """Where an argument must stay."""
-    return getattr(x, "sharding", None) if getattr(x, "committed", True) else None
+def places_of(arguments: PyTree) -> list[jax.sharding.Sharding | None]:
+    """Where the arguments, or what their shapes stand for, must stay; ``None`` where that is open."""
+    place = lambda x: getattr(x, "sharding", None) if getattr(x, "committed", True) else None
+    return [place(leaf) for leaf in jax.tree.leaves(arguments)]
 
 
 def fetch(name: str, traced: Traced, arguments: tuple, devices: Sequence[Any]) -> Future[Compiled | None]:

@@ -148,6 +148,29 @@ def test_a_program_that_was_read_takes_over_its_state_and_lets_others_through(fo
     assert said(OTHERS) == [3.0, True, [5.0, 3.0, 4.0], 1.0, True, 2 * ["jit(function)"]]
 
 
+PLACES = """
+    fl.devices.use_cores(2)
+    def function(x):
+        return 2 * x
+
+    x, (one, other) = jnp.arange(3.0), jax.devices()
+    out = []
+    for given in (x, jax.device_put(x, one), jax.device_put(x, other), np.asarray(x)):
+        for _ in range(2):
+            ours = compiling.jit(function)
+            compiling.ahead(ours, jax.ShapeDtypeStruct((3,), jnp.float32))
+            result = ours(given)
+            out.append([np.asarray(result).tolist(), [device.id for device in result.devices()]])
+    print(json.dumps(out))
+"""
+
+
+def test_what_lies_on_another_device_is_computed_there(folder):
+    expected = [[[0.0, 2.0, 4.0], [device]] for device in (0, 0, 0, 0, 1, 1, 0, 0)]
+    assert said(PLACES) == expected
+    assert said(PLACES) == expected
+
+
 def test_a_folder_that_cannot_be_written_is_told_and_does_no_harm(folder):
     folder.write_text("a file where the folder should be")
     script = """
