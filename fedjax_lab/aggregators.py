@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab.round import Aggregator, Env
+from fedjax_lab.turn import select
 
 PyTree = Any
 
@@ -18,8 +19,10 @@ def _wide(leaf: jax.Array) -> jax.Array:
 
 def divide(value: PyTree, denominator: jax.Array) -> PyTree:
     """``value / denominator``, and zeros where the denominator is zero."""
-    safe = jnp.where(denominator == 0, 1, denominator)
-    return jax.tree.map(lambda v: jnp.where(denominator == 0, 0, v / safe), value)
+    empty = denominator == 0
+    safe = jnp.where(empty, 1, denominator)
+    means = jax.tree.map(lambda v: v / safe, value)
+    return select(empty, jax.tree.map(jnp.zeros_like, means), means)
 
 
 def mean() -> Aggregator:

@@ -25,7 +25,7 @@ def large_ones_last(grads: PyTree) -> PyTree:
         return grads
     first = jnp.stack([g.reshape(-1)[0].astype(jnp.float32) for g in small])
     never = jnp.any((first < 0) & (first > 0))
-    return jax.tree.map(lambda g: jnp.where(never, jnp.zeros_like(g), g) if _is_large(g) else g, grads)
+    return jax.tree.map(lambda g: jax.lax.select_n(never, g, jnp.zeros_like(g)) if _is_large(g) else g, grads)
 
 
 def _is_large(g: jax.Array) -> bool:

@@ -35,7 +35,7 @@ def healthy(tree: PyTree) -> jax.Array:
     overflow in an average.
     """
     squares = [
-        jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        jax.lax.reduce_sum(jax.lax.square(leaf.astype(jnp.float32)), range(leaf.ndim))
         for leaf in map(jnp.asarray, jax.tree.leaves(tree))
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
@@ -44,7 +44,15 @@ def healthy(tree: PyTree) -> jax.Array:
 
 def select(condition: jax.Array, chosen: PyTree, other: PyTree) -> PyTree:
     """``chosen`` where the scalar ``condition`` holds, else ``other``, leaf by leaf in ``other``'s dtypes."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, jnp.asarray(a, b.dtype), b), chosen, other)
+
+    def one(a, b):
+        a, b = jnp.asarray(a, b.dtype), jnp.asarray(b)
+        if a.shape != b.shape or condition.shape not in ((), b.shape):
+            return jnp.where(condition, a, b)
+        return jax.lax.select_n(condition, b, a)  # jnp.where is traced and lowered anew for each shape, a millisecond
+
+    condition = jnp.asarray(condition, bool)
+    return jax.tree.map(one, chosen, other)
 
 
 def client_turn(round: Round, server, data, env, key, client_id, present, state, known):
@@ -63,7 +71,7 @@ def client_turn(round: Round, server, data, env, key, client_id, present, state,
     alive = present & healthy((value, denominators, weight, output.state, output.metrics)) & _sane(client)
     sent = jnp.asarray(output.sent, bool)
     counted = alive & sent & (weight > 0)
-    zero_unless = lambda tree: jax.tree.map(lambda x: jnp.where(counted, x, jnp.zeros_like(x)), tree)
+    zero_unless = lambda tree: select(counted, tree, jax.tree.map(jnp.zeros_like, tree))
     kept = ()
     if round.aggregate.reduce is not None:
         kept = (zero_unless(output.upload), jnp.where(counted, weight, 0), counted, message)
