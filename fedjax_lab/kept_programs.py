@@ -3,7 +3,7 @@
 JAX's own compilation cache is asked with a program's whole text, which has to be made first: for a round of W2 that is
 a quarter of a second in every process, and reading the program another tenth. A digest of the traced equations
 (``digest.py``) takes a tenth of that, and programs are read in threads of their own while the next one is traced. They
-lie in a folder inside of JAX's (``jax_compilation_cache_dir``), and are kept when JAX would keep them.
+lie in a folder inside of JAX's (``jax_compilation_cache_dir``).
 
 They are programs: as with JAX's own, whoever may write that folder may run anything as you.
 """
@@ -34,6 +34,8 @@ except ImportError:  # it may go, as all that is experimental: then JAX's own ca
 PyTree = Any
 READ = "/fedjax_lab/program_read_duration"
 THREADS = ThreadPoolExecutor(2, "fedjax_lab-programs")
+# A process has few of the engine's programs: seconds from which on one is kept, where JAX asks for longer ones.
+LEAST = 0.1
 SEAL = hashlib.sha256().digest_size  # bytes in front of a file, which tell whether it is whole
 
 
@@ -141,7 +143,7 @@ jax.monitoring.register_event_duration_secs_listener(_listen)
 
 def _keep(name: str, compiled: Compiled, seconds: float) -> Future[None] | None:
     where, config = folder(), cast(Any, jax.config)
-    if where is None or seconds < config.jax_persistent_cache_min_compile_time_secs:
+    if where is None or seconds < min(config.jax_persistent_cache_min_compile_time_secs, LEAST):
         return None
     try:
         content = serialize_executable.serialize(compiled)[0]

@@ -82,6 +82,26 @@ def test_nothing_is_kept_unless_the_user_keeps_programs(monkeypatch):
             config.update(name, before)
 
 
+QUICK = """
+    out = []
+    for seconds, least in ((1.0, 0.0), (1.0, 60.0), (0.0, 60.0)):
+        def function(x):
+            return jnp.sin(x) + seconds
+        kept_programs.LEAST = least
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+        before = set(kept_programs.folder().glob("*")) if kept_programs.folder().is_dir() else set()
+        compiling.jit(function)(jnp.ones(3))
+        kept_programs.THREADS.shutdown()
+        kept_programs.THREADS = type(kept_programs.THREADS)(2)
+        out.append(len(set(kept_programs.folder().glob("*")) - before))
+    print(json.dumps(out))
+"""
+
+
+def test_what_compiles_in_no_time_is_not_kept_unless_jax_keeps_it(folder):
+    assert said(QUICK) == [1, 0, 1]
+
+
 DAMAGE = """
     x = jnp.arange(6.0).reshape(2, 3)
 
