@@ -96,7 +96,7 @@ class _Made:
         self.function, self.options, self.wanted, self.mesh = function, options, wanted, mesh
         self.plain = jax.jit(function, **options)
         self.fitted: Callable | None = None  # with XLA's options, for arguments of any shape
-        self.compiled: Compiled | None = None  # for those of the first call
+        self.compiled: Callable | None = None  # for those of the first call
         self.unproven: str | None = None  # the name of the latter, where it was read and has not run yet
         self.begun: dict[str, Future[Compiled | None]] = {}
         self.named: tuple[Any, list, str | None] = (None, [], None)
@@ -123,7 +123,7 @@ class _Made:
     def ahead(self, *arguments) -> PyTree:
         traced, name = self._traced(arguments)
         if name is not None and name not in self.begun:
-            self.begun[name] = kept_programs.fetch(name, traced, arguments, self.devices())
+            self.begun[name] = kept_programs.fetch(name, self.devices())
         return traced.out_info
 
     def devices(self) -> list[Any]:
@@ -133,13 +133,14 @@ class _Made:
         chosen = config.jax_default_device
         return [jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen]
 
-    def _ready(self, arguments: tuple) -> Compiled | None:
+    def _ready(self, arguments: tuple) -> Callable | None:
         traced, name = self._traced(arguments)
         if name is None:
             return None
         self.ahead(*arguments)
         found = kept_programs.waited_for(self.begun.pop(name), traced)
         self.unproven = name if found else None
+        kept_programs.used(name, self.devices())
         return found or self._compiled(name, traced)
 
     def _compiled(self, name: str, traced: Traced) -> Compiled:

@@ -58,7 +58,7 @@ def test_a_second_process_compiles_none_of_the_programs_and_computes_the_same_bi
     programs = sorted(2 * ["jit(start)", "jit(step)", "jit(many)"])
     first, compiled, read = said(ROUNDS)
     assert (compiled, read) == (programs, [])
-    assert len(list(folder.iterdir())) == len(programs)
+    assert len([file for file in folder.iterdir() if not file.suffix]) == len(programs)
     again, compiled, read = said(ROUNDS)
     assert (compiled, read) == ([], programs)
     assert again == first
@@ -82,6 +82,41 @@ def test_nothing_is_kept_unless_the_user_keeps_programs(monkeypatch):
             config.update(name, before)
 
 
+FORESEEN = """
+    fl.devices.use_cores(2)
+    def started(x):
+        return jnp.sin(x)
+    def stepped(x):
+        return jnp.cos(x)
+    def elsewhere(x):
+        return jnp.tan(x)
+
+    reads, whole = [], kept_programs._read
+    kept_programs._read = lambda name, *a: reads.append(name.split("-")[0]) or whole(name, *a)
+    x, mesh = jnp.arange(4.0), fl.devices.mesh(2)
+    begun = compiling.jit(started)(x)
+    kept_programs.THREADS.submit(lambda: None).result()
+    first = list(reads)
+    out = [float(f(x)[1]) for f in (compiling.jit(stepped), compiling.jit(elsewhere, mesh), compiling.jit(stepped))]
+    kept_programs.THREADS.shutdown()
+    print(json.dumps([first, sorted(reads), out]))
+"""
+
+
+def test_what_was_used_next_is_read_ahead_unless_it_was_on_other_devices(folder):
+    first, reads, out = said(FORESEEN)
+    assert (first, reads) == (["started"], ["elsewhere", "started", "stepped", "stepped"])
+    assert out == pytest.approx([0.5403023, 1.5574077, 0.5403023])
+    (following,) = folder.glob("*.next")
+    assert following.name.startswith("started-") and following.read_text().startswith("stepped-")
+    first, reads, again = said(FORESEEN)
+    assert sorted(first) == ["started", "stepped"]  # once: the first call takes what was read
+    assert (reads, again) == (["elsewhere", "started", "stepped", "stepped"], out)
+    following.write_text("../../anything")
+    first, reads, again = said(FORESEEN)
+    assert (first, again) == (["started"], out)
+
+
 QUICK = """
     out = []
     for seconds, least in ((1.0, 0.0), (1.0, 60.0), (0.0, 60.0)):
@@ -89,11 +124,12 @@ QUICK = """
             return jnp.sin(x) + seconds
         kept_programs.LEAST = least
         jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-        before = set(kept_programs.folder().glob("*")) if kept_programs.folder().is_dir() else set()
+        there = lambda: {file for file in kept_programs.folder().glob("function-*") if not file.suffix}
+        before = there()
         compiling.jit(function)(jnp.ones(3))
         kept_programs.THREADS.shutdown()
         kept_programs.THREADS = type(kept_programs.THREADS)(2)
-        out.append(len(set(kept_programs.folder().glob("*")) - before))
+        out.append(len(there() - before))
     print(json.dumps(out))
 """
 
