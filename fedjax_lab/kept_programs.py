@@ -40,7 +40,8 @@ THREADS = ThreadPoolExecutor(2, "fedjax_lab-programs")
 LEAST = 0.1
 NAME = r"\w+-[0-9a-f]{64}"
 COUNTS = struct.Struct("<II")  # leaves of a program's arguments and of its results
-SEAL = hashlib.sha256().digest_size  # bytes in front of a file, which tell whether it is whole
+SEAL = hashlib.sha256().digest_size  # bytes in front of a file, which tell whether it is whole and of this form
+FORM = b"fedjax_lab program 1"
 
 
 def folder() -> pathlib.Path | None:
@@ -153,7 +154,7 @@ def _read(name: str, where: pathlib.Path | None, devices: tuple[Any, ...]) -> Co
     except OSError:
         return None
     seal, content = whole[:SEAL], whole[SEAL:]
-    if seal != hashlib.sha256(content).digest():
+    if seal != _seal(content):
         return None
     try:
         content = zlib.decompress(content)
@@ -214,7 +215,11 @@ def _keep(name: str, compiled: Compiled, seconds: float) -> Future[None] | None:
 
 def _write(file: pathlib.Path, content: bytes) -> None:
     content = zlib.compress(content, 1)
-    _put(file, hashlib.sha256(content).digest() + content)
+    _put(file, _seal(content) + content)
+
+
+def _seal(content: bytes) -> bytes:
+    return hashlib.sha256(FORM + content).digest()
 
 
 def _put(file: pathlib.Path, content: bytes) -> None:

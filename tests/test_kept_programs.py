@@ -11,7 +11,7 @@ from tests.compiling import in_a_process
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="programs are kept for CPUs")
 
 COUNTING = """
-import json, pathlib, sys, warnings
+import hashlib, json, pathlib, sys, warnings
 import jax, jax.numpy as jnp, numpy as np, optax
 import fedjax_lab as fl
 from fedjax_lab import compiling, kept_programs
@@ -157,8 +157,8 @@ DAMAGE = """
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 4
     other = b"not a program"
-    import hashlib
-    for damaged in (b"", content[:20], content[:-1], bytes(flipped), hashlib.sha256(other).digest() + other):
+    form = hashlib.sha256(content[kept_programs.SEAL:]).digest() + content[kept_programs.SEAL:]  # of another form
+    for damaged in (b"", content[:20], content[:-1], bytes(flipped), form, kept_programs._seal(other) + other):
         file.write_bytes(damaged)
         compiled.clear()
         with warnings.catch_warnings(record=True) as told:
@@ -175,7 +175,7 @@ def test_a_program_that_is_not_whole_is_compiled_again_and_replaced(folder):
     *damaged, whole = said(DAMAGE)
     assert whole == [True, [], True, 0]
     *torn, foreign = damaged
-    assert torn == 4 * [[True, ["jit(function)"], True, 0]]
+    assert torn == 5 * [[True, ["jit(function)"], True, 0]]
     assert foreign == [True, ["jit(function)"], True, 1]  # sealed, but no program: told
 
 
