@@ -4,6 +4,7 @@ Where the user keeps compiled programs, they are read from there instead (``kept
 everything as JAX does.
 """
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable
@@ -108,10 +109,10 @@ class _Made:
                 if self.compiled is None:
                     self.compiled = self._ready(arguments)
         if self.compiled is not None:
-            try:
+            # Before it runs, JAX refuses arguments of other types or places than the first ones. What is wrong with
+            # them, if anything, is for the call below to say.
+            with contextlib.suppress(TypeError, ValueError):
                 return self._run(arguments)
-            except (TypeError, ValueError):  # others than the first ones
-                pass
         return self.jitted(*arguments)(*arguments)
 
     def jitted(self, *arguments) -> Callable:
