@@ -73,6 +73,26 @@ def once(function: Callable, mesh: Mesh | None = None, **options: Any) -> Callab
     return _with_stages(call, made)
 
 
+def now(
+    function: Callable, arguments: tuple, mesh: Mesh | None = None, runs_once: bool = False, **options: Any
+) -> Callable:
+    """A function compiled for arguments that it will be called with, from any thread; or read from disk.
+
+    Args:
+      function: of pytrees.
+      arguments: all of them, or their shapes.
+      mesh: devices that its work is shared out over.
+      runs_once: whether it is to be compiled for less time, as with :func:`once`.
+      **options: of ``jax.jit``.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.jit(function, **options).trace(*arguments).lower().compile()
+    quickly = xla_options.QUICKLY if runs_once else {}
+    made = _Made(function, mesh, lambda program: xla_options.wanted(program, mesh) | quickly, options)
+    made.compile(arguments)
+    return made
+
+
 def ahead(function: Callable, *arguments: PyTree) -> PyTree:
     """The shapes of what a function gives; one of :func:`jit` and :func:`once` is looked for on disk from here on.
 
@@ -114,6 +134,9 @@ class _Made:
             with contextlib.suppress(TypeError, ValueError):
                 return self._run(arguments)
         return self.jitted(*arguments)(*arguments)
+
+    def compile(self, arguments: tuple) -> None:
+        self.compiled = self._ready(arguments) or self.jitted(*arguments).lower(*arguments).compile()
 
     def jitted(self, *arguments) -> Callable:
         if self.fitted is None:

@@ -11,13 +11,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_lab import checks
+from fedjax_lab import checks, compiling
 from fedjax_lab.cell_program import CellProgram, Traced
 from fedjax_lab.devices import cores, warn_of_few_threads
 from fedjax_lab.grids import Cells
 from fedjax_lab.process import Process
 from fedjax_lab.session import rounds_of
-from fedjax_lab.xla_options import Options, chosen, quickly
 
 PyTree = Any
 Device = Any
@@ -118,24 +117,16 @@ class Runs:
     ) -> Callable:
         """The function compiled for arguments, of which the first ``by_cell`` have an axis of cells.
 
-        Several devices run their cells by themselves: a loop that one cell needs longer keeps no other device busy. A
-        program that runs ``once`` is compiled for less time.
+        Several devices run their cells by themselves: a loop that one cell needs longer keeps no other device busy.
         """
-
-        def options_of(traced: Any) -> Options | None:
-            found = chosen(traced.jaxpr.jaxpr, self.mesh)
-            return (found or {}) | (quickly() or {}) if once else found
-
-        if self.mesh is not None:
-            specs = tuple(P(AXIS) if place < by_cell else P() for place in range(len(given)))
-            function = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
-            places = tuple(NamedSharding(self.mesh, spec) for spec in specs)
-            put = lambda given: tuple(map(jax.device_put, given, places))  # an array without entries loses its place
-            traced = jax.jit(function, in_shardings=places, **options).trace(*put(given))
-            compiled = traced.lower().compile(options_of(traced))
-            return lambda *given: compiled(*put(given))
-        traced = jax.jit(function, **options).trace(*given)
-        return traced.lower().compile(options_of(traced))
+        if self.mesh is None:
+            return compiling.now(function, given, runs_once=once, **options)
+        specs = tuple(P(AXIS) if place < by_cell else P() for place in range(len(given)))
+        function = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=out, check_vma=False)
+        places = tuple(NamedSharding(self.mesh, spec) for spec in specs)
+        put = lambda given: tuple(map(jax.device_put, given, places))  # an array without entries loses its place
+        compiled = compiling.now(function, put(given), self.mesh, once, in_shardings=places, **options)
+        return lambda *given: compiled(*put(given))
 
     def _by_cell(self, function: Callable) -> Callable:
         """The function over a device's cells. One alone isn't batched: its convolutions would become grouped ones."""

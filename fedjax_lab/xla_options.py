@@ -41,23 +41,12 @@ IN_PLACE = ("scatter", "dynamic_update_slice")
 LOOPS = ("while", "scan")
 
 
-def chosen(program: Jaxpr, mesh: Mesh | None = None) -> Options | None:
-    """XLA's options for a program on a CPU's devices; ``None`` elsewhere, and where its own choice is best.
+def wanted(program: Jaxpr, mesh: Mesh | None = None) -> Options:
+    """XLA's options for a program on a CPU's devices, whether or not this version has them all (:func:`known`).
 
     A mesh that holds all cores leaves no thread to cut anything up for. Helpers that a kernel asks for come too late
     (with a thread to spare, a sweep of W1 took half as long again), and can do harm, see ``devices._enough_threads``.
     """
-    first = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return (known(tuple(wanted(program, mesh).items())) or None) if first.platform == "cpu" else None
-
-
-def quickly() -> Options | None:
-    """XLA's options for a program that runs once; ``None`` where its own choice is best."""
-    return (known(tuple(QUICKLY.items())) or None) if jax.default_backend() == "cpu" else None
-
-
-def wanted(program: Jaxpr, mesh: Mesh | None) -> Options:
-    """The same for a program on a CPU, whether or not this version of XLA has them all."""
     alone = devices.at_work(mesh) >= devices.cores() > 1
     small = is_small(program)
     tiny = small and flops(program) <= TINY

@@ -18,7 +18,7 @@ from fedjax_lab import compiling, kept_programs
 compiled, read = [], []
 def count(event, seconds, fun_name=None, **_):
     lists = {"/jax/core/compile/backend_compile_duration": compiled, kept_programs.READ: read}
-    if event in lists and fun_name in ("jit(start)", "jit(step)", "jit(many)", "jit(function)"):
+    if event in lists and fun_name in ("jit(start)", "jit(step)", "jit(many)", "jit(params)", "jit(function)"):
         lists[event].append(fun_name)
 jax.monitoring.register_event_duration_secs_listener(count)
 """
@@ -60,6 +60,26 @@ def test_a_second_process_compiles_none_of_the_programs_and_computes_the_same_bi
     assert (compiled, read) == (programs, [])
     assert len([file for file in folder.iterdir() if not file.suffix]) == len(programs)
     again, compiled, read = said(ROUNDS)
+    assert (compiled, read) == ([], programs)
+    assert again == first
+
+
+SWEEPS = """
+    fl.devices.use_cores(2)
+    from algorithms.fedavg import fedavg
+    from fedjax_lab.state_leaves import state_digest
+    from tests.problems import softmax_data, softmax_model
+    make = lambda rate: fl.synchronous(fedavg(softmax_model(), optax.sgd(rate)), softmax_data(), fl.uniform(4))
+    found = [fl.sweep(make, 3, range(3), rate=[0.1, 0.2], devices=n, progress=False) for n in (1, 2)]
+    print(json.dumps([[state_digest(s.state) for s in found], sorted(compiled), sorted(read)]))
+"""
+
+
+def test_the_programs_of_a_sweep_are_kept_as_well(folder):
+    programs = sorted(2 * ["jit(start)", "jit(many)", "jit(params)"])
+    first, compiled, read = said(SWEEPS)
+    assert (compiled, read) == (programs, [])
+    again, compiled, read = said(SWEEPS)
     assert (compiled, read) == ([], programs)
     assert again == first
 
