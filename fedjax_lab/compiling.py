@@ -16,7 +16,7 @@ from jax.extend.core import Jaxpr, get_opaque_trace_state
 from jax.sharding import Mesh
 from jax.stages import Compiled, Traced
 
-from fedjax_lab import kept_programs, xla_options
+from fedjax_lab import garbage, kept_programs, xla_options
 from fedjax_lab.xla_options import Options
 
 PyTree = Any
@@ -93,6 +93,7 @@ def now(
     return made
 
 
+@garbage.put_off()
 def ahead(function: Callable, *arguments: PyTree) -> PyTree:
     """The shapes of what a function gives; one of :func:`jit` and :func:`once` is looked for on disk from here on.
 
@@ -135,6 +136,7 @@ class _Made:
                 return self._run(arguments)
         return self.jitted(*arguments)(*arguments)
 
+    @garbage.put_off()
     def compile(self, arguments: tuple) -> None:
         self.compiled = self._ready(arguments) or self.jitted(*arguments).lower(*arguments).compile()
 
@@ -157,6 +159,7 @@ class _Made:
         chosen = config.jax_default_device
         return [jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen]
 
+    @garbage.put_off()
     def _ready(self, arguments: tuple) -> Callable | None:
         traced, name = self._traced(arguments)
         if name is None:

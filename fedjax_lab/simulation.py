@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_lab import checks, compiling, devices, hosts, memory, stored
+from fedjax_lab import checks, compiling, devices, garbage, hosts, memory, stored
 from fedjax_lab.cohort import Answers, count_bytes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
@@ -41,6 +41,7 @@ class SimulationState(NamedTuple):
     key: jax.Array
 
 
+@garbage.put_off()
 def synchronous(
     round: Round,
     data: FederatedData,
