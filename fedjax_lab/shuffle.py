@@ -7,7 +7,7 @@ CRYPTO 2012): each round pairs ``x`` with ``c - x mod n`` and a keyed bit of the
 the two change places. Its domain is exactly ``n``, also when ``n`` is traced, so unlike a Feistel
 network it needs no cycle walking and therefore no data-dependent loop.
 
-In operations of ``lax``: every process traces this several times, in a quarter of the time that those of ``numpy`` take.
+In operations of ``lax``: every process traces this several times, in a quarter of the time that ``jax.numpy`` takes.
 """
 
 import jax
