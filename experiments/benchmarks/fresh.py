@@ -13,10 +13,9 @@ from experiments.benchmarks.peers.command import ROOT, Failed
 CHILD = """
 import json, sys, time
 began = time.perf_counter()
-import gc, importlib
+import importlib
 module, name, arguments = json.loads(sys.argv[1])
 called = getattr(importlib.import_module(module), name)
-gc.freeze()  # as the experiments' command does
 out = called(began, **arguments)
 print("\\n" + json.dumps(out))
 """
