@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_lab import checks, compiling, hosts, memory
+from fedjax_lab import checks, compiling, garbage, hosts, memory
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.fetching import (
@@ -53,6 +53,7 @@ class Ahead(NamedTuple):
     fetched: Future
 
 
+@garbage.put_off()
 def streamed(round: Round, data: FederatedData, sampler: Sampler | None = None, lanes: int | None = None) -> Process:
     """As :func:`fedjax_lab.synchronous`, for populations that don't fit the device, or memory.
 

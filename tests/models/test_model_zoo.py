@@ -170,6 +170,22 @@ def test_max_pool_is_the_windows_maximum():
     np.testing.assert_array_equal(max_pool(jnp.asarray(x)), expected)
 
 
+def test_max_pool_has_the_derivatives_of_a_maximum_that_ties_share():
+    """Forward, backward and of second order: those of ``jnp.max``, in whole numbers with many ties."""
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.integers(0, 3, (3, 5, 6, 4)), jnp.float32)
+    moves, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (x.shape, (3, 2, 3, 4)))
+    plain = lambda x: x[:, :4].reshape(3, 2, 2, 3, 2, 4).max((2, 4))
+    loss = lambda pool, x: jnp.sum(weights * jnp.sin(pool(x)))
+    for of in (
+        lambda pool: jax.jvp(pool, (x,), (moves,)),
+        lambda pool: jax.grad(lambda x: loss(pool, x))(x),
+        lambda pool: jax.jvp(jax.grad(lambda x: loss(pool, x)), (x,), (moves,))[1],
+        lambda pool: jax.vmap(jax.grad(lambda x: loss(pool, x)))(jnp.stack([x, x + moves])),
+    ):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), of(max_pool), of(plain))
+
+
 def test_images_may_come_flat_or_without_channels():
     x = jnp.arange(2 * 9.0).reshape(2, 9)
     for given in (x, x.reshape(2, 3, 3), x.reshape(2, 3, 3, 1)):
