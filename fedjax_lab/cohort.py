@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_lab.abreast import in_shared_lanes
 from fedjax_lab.data import FederatedData
-from fedjax_lab.devices import AXIS, threads_each
+from fedjax_lab.devices import AXIS
 from fedjax_lab.lanes import Plan, choose, plan, plan_own, side_by_side
 from fedjax_lab.loops import at_most
 from fedjax_lab.program import Program, trace
@@ -120,7 +120,7 @@ def run_cohort(
 
     def here(server, clients, data, env, key, beside):
         round = made(beside)
-        turn = _traced_turn(round, server, clients, data, env, key, threads_each(mesh))
+        turn = _traced_turn(round, server, clients, data, env, key)
         if mesh is None:
             return _on_one_device(round, turn, lanes, sizes, abreast)((turn.consts, server, key), clients, data, env)
         devices, cohort, work = mesh.shape[AXIS], len(env.ids), work_of(env, data)
@@ -167,14 +167,12 @@ def _homes(clients: ClientStates, ids: jax.Array, population: int) -> jax.Array 
     return jnp.minimum(ids // held, (population - 1) // held)
 
 
-def _traced_turn(
-    round: Round, server, clients: ClientStates, data: FederatedData, env: Env, key, threads: int
-) -> Program:
+def _traced_turn(round: Round, server, clients: ClientStates, data: FederatedData, env: Env, key) -> Program:
     """``(server, data, env, key, client_id, present, state, known)`` -> what :func:`client_turn` gives."""
     one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
     slot = (env.ids[0], env.present[0], jax.tree.map(one, clients.table), jax.ShapeDtypeStruct((), bool))
     turn = lambda server, data, env, key, *slot: client_turn(round, server, data, env, key, *slot)
-    return trace(turn, server, data, env, key, *slot, threads=threads)
+    return trace(turn, server, data, env, key, *slot)
 
 
 def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.ndarray | None, abreast: bool) -> Callable:

@@ -28,19 +28,18 @@ CONVOLUTION = "conv_general_dilated"
 MOST_PLACES, FEWEST_CHANNELS = 25, 8
 
 
-def forms(threads: int) -> dict[str, Callable[[JaxprEqn], Callable]]:
-    """The equation's name -> a form for it, on a device of so many threads."""
-    return {CONVOLUTION: functools.partial(_form, threads=threads)}
-
-
-def _form(eqn: JaxprEqn, threads: int) -> Callable:
+def _form(eqn: JaxprEqn) -> Callable:
     form = _chosen(eqn)
     if form in (_convolution, _kernel_gradient, _images_gradient):
-        return functools.partial(form, names=eqn.params["dimension_numbers"], layer=_layer(eqn, threads))
+        return functools.partial(form, names=eqn.params["dimension_numbers"], layer=_layer(eqn))
     return functools.partial(form, params=eqn.params)
 
 
-def both_gradients(first: JaxprEqn, second: JaxprEqn, threads: int) -> Callable | None:
+# The equation's name -> a form for it.
+FORMS = {CONVOLUTION: _form}
+
+
+def both_gradients(first: JaxprEqn, second: JaxprEqn) -> Callable | None:
     """``(images, cotangent, kernel turned around)`` -> the results of both, computed together.
 
     None unless one is the kernel's gradient and the other the images', of the same layer and cotangent.
@@ -49,8 +48,8 @@ def both_gradients(first: JaxprEqn, second: JaxprEqn, threads: int) -> Callable 
         return None
     if _chosen(first) is not _kernel_gradient or _chosen(second) is not _images_gradient:
         return None
-    layer, names = _layer(first, threads), [eqn.params["dimension_numbers"] for eqn in (first, second)]
-    return functools.partial(_both_gradients, names=names, layer=layer) if layer == _layer(second, threads) else None
+    layer, names = _layer(first), [eqn.params["dimension_numbers"] for eqn in (first, second)]
+    return functools.partial(_both_gradients, names=names, layer=layer) if layer == _layer(second) else None
 
 
 def _chosen(eqn: JaxprEqn) -> Callable:
@@ -59,7 +58,7 @@ def _chosen(eqn: JaxprEqn) -> Callable:
     return (_gradient_form if gradient else _plain_form)(lhs, rhs, out, eqn.params)
 
 
-def _layer(eqn: JaxprEqn, threads: int) -> winograd.Layer:
+def _layer(eqn: JaxprEqn) -> winograd.Layer:
     """The layer that an equation computes, or a gradient of."""
     params: Any = eqn.params
     names, form = params["dimension_numbers"], _chosen(eqn)
@@ -72,7 +71,7 @@ def _layer(eqn: JaxprEqn, threads: int) -> winograd.Layer:
     if form is _images_gradient:
         images, outputs = outputs, images
         low = tuple(n - 1 - before for n, before in zip(taps, low, strict=True))
-    return winograd.Layer(images, outputs, taps, low, params["precision"], winograd.BLOCK * threads)
+    return winograd.Layer(images, outputs, taps, low, params["precision"], winograd.BLOCK)
 
 
 def _plain_form(lhs: Any, rhs: Any, out: Any, params: dict[str, Any]) -> Callable:

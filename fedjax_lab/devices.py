@@ -97,11 +97,6 @@ def at_work(mesh: Mesh | None) -> int:
     return 1 if mesh is None else len(set(mesh.devices.flat).intersection(jax.local_devices()))
 
 
-def threads_each(mesh: Mesh | None) -> int:
-    """Cores for each CPU device that is at work."""
-    return max(cores() // max(at_work(mesh), 1), 1)
-
-
 def mesh(count: int | None = None) -> Mesh:
     """A mesh of this computer's devices along the axis ``"clients"``, for ``fl.synchronous(..., mesh=...)``.
 

@@ -34,18 +34,17 @@ class Program(NamedTuple):
     flops: float
 
 
-def trace(function: Callable, *arguments: PyTree, threads: int = 1) -> Program:
+def trace(function: Callable, *arguments: PyTree) -> Program:
     """Trace a function of pytrees; on a CPU some of its equations get the form that is fast in loops.
 
     Args:
       function: of pytrees of arrays.
       *arguments: what it will be called with, or their shapes.
-      threads: cores that a device has for it.
     """
     traced, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
     cost = flops(traced.jaxpr)
     if jax.default_backend() == "cpu":
-        traced = rewriting.fast_in_loops(traced, threads)
+        traced = rewriting.fast_in_loops(traced)
     structure = jax.tree.structure(shape)
 
     def given(consts: list[Any]) -> Callable:

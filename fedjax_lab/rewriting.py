@@ -6,7 +6,6 @@ compute the same. The user's model is not touched. Which ones, and what that bri
 ``pooling.py`` and ``products.py``.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,13 +21,15 @@ Forms = dict[str, Callable[[JaxprEqn], Callable | None]]
 Together = Callable[[JaxprEqn, JaxprEqn], Callable | None]
 
 
-def fast_in_loops(program: ClosedJaxpr, threads: int = 1) -> ClosedJaxpr:
-    """The program with its equations replaced, those in its loops included, for a device of so many threads."""
-    forms: Forms = {**convolutions.forms(threads), **pooling.FORMS, **products.FORMS}
+def fast_in_loops(program: ClosedJaxpr) -> ClosedJaxpr:
+    """The program with its equations replaced, those in its loops included.
+
+    Whatever it runs on: a device of two threads sums in the same order as two devices of one.
+    """
+    forms: Forms = {**convolutions.FORMS, **pooling.FORMS, **products.FORMS}
     if not _concerns(program.jaxpr, forms):
         return program
-    together = functools.partial(convolutions.both_gradients, threads=threads)
-    return program.replace(jaxpr=_rewritten(program.jaxpr, forms, together))
+    return program.replace(jaxpr=_rewritten(program.jaxpr, forms, convolutions.both_gradients))
 
 
 def programs_of(eqn: JaxprEqn) -> Iterator[Jaxpr]:

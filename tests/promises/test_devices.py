@@ -45,6 +45,28 @@ def test_devices_agree(results, case):
     assert {devices for name, devices in results if name == "fedavg"} == {2, 4, 8}
 
 
+WIDE = """
+    import jax, numpy as np, optax
+    import fedjax_lab as fl
+    from algorithms.fedavg import fedavg
+    fl.devices.use_cores(2)
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.random((120, 10, 10, 1), np.float32), "y": rng.integers(0, 5, 120).astype(np.int32)}
+    data = fl.FederatedData.from_assignment(arrays, np.repeat(np.arange(3), 40))
+    round = fedavg(fl.models.emnist_cnn(5, dropout=(0, 0)), optax.sgd(0.1), epochs=5, batch_size=20)
+    ends = []
+    for mesh in (None, fl.devices.mesh(2)):
+        process = fl.synchronous(round, data, mesh=mesh)
+        assert mesh is not None or "_both_gradients" in str(jax.make_jaxpr(process.step)(process.init(0), process.data))
+        ends.append(process.step(process.init(0), process.data)[0].server)
+    print(max(float(abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, ends))))
+"""
+
+
+def test_devices_agree_on_wide_convolutions_which_one_alone_has_more_threads_for():
+    assert float(in_a_process(WIDE)) < 1e-6
+
+
 @pytest.mark.parametrize("case", ["slopes", "large_slopes"])
 def test_gradients_go_through_rounds_over_devices(results, case):
     one, reverse, forward = results[case, 4]["slopes"]
