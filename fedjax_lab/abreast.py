@@ -53,14 +53,19 @@ class Turns(NamedTuple):
 
 
 def in_shared_lanes(
-    alone: Callable, turn: Program, width: Callable[[int, int, bool], int], work: Callable, summed: bool
+    alone: Callable,
+    turn_in: Callable[[int], Program],
+    width: Callable[[int, int, bool], int],
+    work: Callable,
+    summed: bool,
 ) -> Callable:
     """``alone``, which under ``vmap`` runs the clients of all cells in the same lanes.
 
     Args:
       alone: ``(given, clients, data, env) -> (sums, turns, clients)``, one cell's cohort; ``given`` is what its
         clients' turns read besides the data and the round's public facts: ``(consts, server, key)``.
-      turn: ``(server, data, env, key, client_id, present, state, known) -> (summands, turn)``, one client's.
+      turn_in: ``lanes ->`` the program ``(server, data, env, key, client_id, present, state, known) -> (summands,
+        turn)`` of one client, in the form that is fast for so many side by side.
       width: ``(clients, cohorts, packed) -> lanes``.
       work: ``(env, data) -> int[cohort]``, what each client's turn costs.
       summed: whether the summands are added up.
@@ -80,9 +85,11 @@ def in_shared_lanes(
         count = cells * cohort
         costs = jax.vmap(lambda env: work(env, data))(env)
         states, known = _gathered(clients, ids)
-        all_ = Turns(cells, turn, given, own_given, data, env)
+        all_ = Turns(cells, turn_in(width(count, cells, True)), given, own_given, data, env)
         slot = (jnp.int32(0), *jax.tree.map(lambda x: x[0, 0], (ids, env.present, states, known)))
-        parts = in_parts(turn.jaxpr, all_.shared(*slot[1:]))
+        parts = None
+        if width(count, cells, True) > 1:  # else there is no chunk to fill
+            parts = in_parts(all_.turn.jaxpr, all_.shared(*slot[1:]))
         if parts is not None and count * _held(all_, parts, slot) > MOST_HELD:
             parts = None
         slots = plan(costs.reshape(count), width(count, cells, parts is not None)).slots

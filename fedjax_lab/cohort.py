@@ -6,6 +6,7 @@ nearly the same number of steps, and memory is O(lanes x model) and never O(coho
 several devices each chunk is one device's, and only sums and the cohort's own results are exchanged.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fedjax_lab import whole_loops
 from fedjax_lab.abreast import in_shared_lanes
 from fedjax_lab.data import FederatedData
 from fedjax_lab.devices import AXIS
@@ -124,8 +126,9 @@ def run_cohort(
         if mesh is None:
             return _on_one_device(round, turn, lanes, sizes, abreast)((turn.consts, server, key), clients, data, env)
         devices, cohort, work = mesh.shape[AXIS], len(env.ids), work_of(env, data)
-        width = min(lanes or choose(turn.flops, sizes, cohort, devices), cohort)
-        one = lambda *slot: turn.call(server, data, env, key, *slot)
+        width = min(lanes or _best_lanes(turn, sizes, cohort, devices), cohort)
+        inner = _in_lanes(turn, width)
+        one = lambda *slot: inner.call(server, data, env, key, *slot)
         if apart:
             me = jax.lax.axis_index(AXIS)
             mine = env.ids // clients_each(data.num_clients, devices) == me
@@ -179,18 +182,29 @@ def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.nda
     """``(given, clients, data, env)`` -> as :func:`_on_device`; ``abreast``: cohorts under ``vmap`` share lanes."""
 
     def width(clients: int, cohorts: int = 1, packed: bool = False) -> int:
-        return min(lanes * cohorts if lanes else choose(turn.flops, sizes, clients, packed=packed), clients)
-
-    def own(given, data, env, *slot):
-        consts, server, key = given
-        return turn.given(consts)(server, data, env, key, *slot)
+        return min(lanes * cohorts if lanes else _best_lanes(turn, sizes, clients, packed=packed), clients)
 
     def alone(given, clients, data, env):
-        schedule = plan(work_of(env, data), width(len(env.ids)))
-        one = lambda *slot: own(given, data, env, *slot)
+        consts, server, key = given
+        lanes = width(len(env.ids))
+        call = _in_lanes(turn, lanes).given(consts)
+        one = lambda *slot: call(server, data, env, key, *slot)
+        schedule = plan(work_of(env, data), lanes)
         return _on_device(round, one, clients, data.num_clients, env, schedule, None, False)
 
-    return in_shared_lanes(alone, turn, width, work_of, round.aggregate.reduce is None) if abreast else alone
+    inner = functools.partial(_in_lanes, turn)
+    return in_shared_lanes(alone, inner, width, work_of, round.aggregate.reduce is None) if abreast else alone
+
+
+def _best_lanes(turn: Program, sizes: np.ndarray | None, clients: int, devices: int = 1, packed: bool = False) -> int:
+    if whole_loops.suit(turn.jaxpr):
+        return 1
+    return choose(turn.flops, sizes, clients, devices, packed)
+
+
+def _in_lanes(turn: Program, lanes: int) -> Program:
+    """The turn in the form that is fast for so many side by side."""
+    return whole_loops.row_by_row(turn) if lanes == 1 and whole_loops.suit(turn.jaxpr) else turn
 
 
 def work_of(env: Env, data: FederatedData) -> jax.Array:

@@ -29,7 +29,7 @@ def _enough_threads(devices: int) -> None:
     danger). On two devices W3's first layer got wrong gradients after some fifty steps of a round (jax 0.10.2, where
     the gradient of the second layer's inputs is XLA's convolution). A thread that no device holds empties the queues.
     """
-    if devices > 1 and not _runs():
+    if devices > 1 and not runs_already():
         os.environ.setdefault(THREADS, str(max(_with_spare(devices), os.cpu_count() or 1)))
 
 
@@ -37,7 +37,7 @@ def _with_spare(devices: int) -> int:
     return devices + 1 + devices // 8
 
 
-def _runs() -> bool:
+def runs_already() -> bool:
     """Has JAX started its devices? Then their number can't be changed."""
     was = getattr(jax.config, "jax_num_cpu_devices", -1)
     try:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import core
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from fedjax_lab import convolutions, rewriting
 
@@ -45,8 +45,16 @@ def trace(function: Callable, *arguments: PyTree) -> Program:
     cost = flops(traced.jaxpr)
     if jax.default_backend() == "cpu":
         traced = rewriting.fast_in_loops(traced)
-    structure = jax.tree.structure(shape)
+    return _program(traced, jax.tree.structure(shape), cost)
 
+
+def rewritten(program: Program, forms: rewriting.Forms) -> Program:
+    """The same, with equations in other forms, those in its loops included."""
+    closed = rewriting.in_forms(ClosedJaxpr(program.jaxpr, program.consts), forms)
+    return _program(closed, program.structure, program.flops)
+
+
+def _program(traced: ClosedJaxpr, structure: Any, cost: float) -> Program:
     def given(consts: list[Any]) -> Callable:
         def call(*arguments):
             out = core.eval_jaxpr(traced.jaxpr, consts, *jax.tree.leaves(arguments))

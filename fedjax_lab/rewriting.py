@@ -27,9 +27,14 @@ def fast_in_loops(program: ClosedJaxpr) -> ClosedJaxpr:
     Whatever it runs on: a device of two threads sums in the same order as two devices of one.
     """
     forms: Forms = {**convolutions.FORMS, **pooling.FORMS, **products.FORMS}
+    return in_forms(program, forms, convolutions.both_gradients)
+
+
+def in_forms(program: ClosedJaxpr, forms: Forms, together: Together | None = None) -> ClosedJaxpr:
+    """The program with equations in other forms, those in its loops included."""
     if not _concerns(program.jaxpr, forms):
         return program
-    return program.replace(jaxpr=_rewritten(program.jaxpr, forms, convolutions.both_gradients))
+    return program.replace(jaxpr=_rewritten(program.jaxpr, forms, together))
 
 
 def programs_of(eqn: JaxprEqn) -> Iterator[Jaxpr]:
@@ -46,11 +51,11 @@ def _concerns(jaxpr: Jaxpr, forms: Forms) -> bool:
     return any(e.primitive.name in forms or any(_concerns(p, forms) for p in programs_of(e)) for e in jaxpr.eqns)
 
 
-def _rewritten(jaxpr: Jaxpr, forms: Forms, together: Together) -> Jaxpr:
+def _rewritten(jaxpr: Jaxpr, forms: Forms, together: Together | None) -> Jaxpr:
     eqns, done = list(jaxpr.eqns), []
-    convs = [eqn for eqn in eqns if eqn.primitive.name == convolutions.CONVOLUTION]
+    convs = [eqn for eqn in eqns if together and eqn.primitive.name == convolutions.CONVOLUTION]
     for first, second in itertools.permutations(convs, 2):
-        if form := together(first, second):
+        if form := together and together(first, second):
             operands = [*first.invars, *(v for v in second.invars if v not in first.invars)]
             both = _call_of(form, second, operands, [*first.outvars, *second.outvars])
             if replaced := _in_place_of(first, second, both, eqns):
@@ -72,7 +77,7 @@ def _in_place_of(first: JaxprEqn, second: JaxprEqn, both: JaxprEqn, eqns: list[J
     return None if needs(both) else [*eqns[:begin], *before, both, *after, *eqns[end + 1 :]]
 
 
-def _equation(eqn: JaxprEqn, forms: Forms, together: Together) -> JaxprEqn:
+def _equation(eqn: JaxprEqn, forms: Forms, together: Together | None) -> JaxprEqn:
     if eqn.primitive.name in forms:
         form = forms[eqn.primitive.name](eqn)
         return eqn if form is None else _call_of(form, eqn, eqn.invars, eqn.outvars)

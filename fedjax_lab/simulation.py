@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_lab import checks, compiling, devices, garbage, hosts, memory, stored
+from fedjax_lab import checks, compiling, devices, garbage, hosts, memory, stored, whole_loops
 from fedjax_lab.cohort import Answers, count_bytes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
@@ -146,7 +146,8 @@ def _check_alike(data: FederatedData, lanes: int | None, mesh: Mesh | None) -> N
         raise ValueError("several processes need a mesh over all of their devices: mesh=fl.devices.mesh()")
     fields = [(n, str(a.dtype), a.shape) for n, a in checks.named_leaves(data.arrays)]
     sizes = hashlib.sha256(np.asarray(data.sizes).tobytes()).hexdigest()[:16]
-    hosts.agree({"lanes": lanes, "clients": data.num_clients, "the data's fields": fields, "the clients' sizes": sizes})
+    facts = {"lanes": lanes, "clients": data.num_clients, "the data's fields": fields, "the clients' sizes": sizes}
+    hosts.agree({**facts, "small loops as one kernel (XLA_FLAGS)": whole_loops.there_are()})
 
 
 def check_room(sampler: Sampler, data: FederatedData, lanes: int | None, count: int) -> int:

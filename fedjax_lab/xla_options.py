@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 from jax.sharding import Mesh
 
-from fedjax_lab import devices
+from fedjax_lab import devices, whole_loops
 from fedjax_lab.program import flops, flops_of
 from fedjax_lab.rewriting import programs_of
 
@@ -50,7 +50,8 @@ def wanted(program: Jaxpr, mesh: Mesh | None = None) -> Options:
     alone = devices.at_work(mesh) >= devices.cores() > 1
     small = is_small(program)
     tiny = small and flops(program) <= TINY
-    return (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | (NO_CALLS if tiny else {})
+    calls = {} if not tiny else whole_loops.NO_LIBRARY if whole_loops.suit(program) else NO_CALLS
+    return (UNCUT if small or alone else {}) | (ONE_THREAD if tiny or alone else {}) | calls
 
 
 def is_small(program: Jaxpr) -> bool:
