@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fedjax_lab import whole_loops
+from fedjax_lab import nearby, whole_loops
 from fedjax_lab.abreast import in_shared_lanes
 from fedjax_lab.data import FederatedData
 from fedjax_lab.devices import AXIS
@@ -135,6 +135,7 @@ def run_cohort(
             schedule = plan_own(work, mine & env.invited, width, me)
         else:
             schedule = plan(work, width, devices, _homes(clients, env.ids, data.num_clients))
+            schedule = _brought_near(schedule, data, clients, env.ids, jax.lax.axis_index(AXIS))
         return _on_device(round, one, clients, data.num_clients, env, schedule, AXIS, apart)
 
     if mesh is not None:
@@ -189,11 +190,19 @@ def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.nda
         lanes = width(len(env.ids))
         call = _in_lanes(turn, lanes).given(consts)
         one = lambda *slot: call(server, data, env, key, *slot)
-        schedule = plan(work_of(env, data), lanes)
+        schedule = _brought_near(plan(work_of(env, data), lanes), data, clients, env.ids, 0)
         return _on_device(round, one, clients, data.num_clients, env, schedule, None, False)
 
     inner = functools.partial(_in_lanes, turn)
     return in_shared_lanes(alone, inner, width, work_of, round.aggregate.reduce is None) if abreast else alone
+
+
+def _brought_near(schedule: Plan, data: FederatedData, clients: ClientStates, ids: jax.Array, device: Any) -> Plan:
+    """The schedule, after what the device's clients will read was read; the states it has follow those of the last."""
+    mine = jnp.where((schedule.device == device)[:, None], schedule.slots, len(ids))
+    own = ids.at[mine.reshape(-1)].get(mode="fill", fill_value=-1)
+    first = device * len(clients.known)
+    return schedule._replace(slots=nearby.read_first(schedule.slots, data, clients, own, first))
 
 
 def _best_lanes(turn: Program, sizes: np.ndarray | None, clients: int, devices: int = 1, packed: bool = False) -> int:

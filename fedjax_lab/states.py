@@ -196,13 +196,13 @@ def exchange(tree: PyTree, axis: str) -> PyTree:
         if not mine:
             continue
         packed = [_packed(plain[i], dtype) for i in mine]
-        total = jax.lax.psum(_after(last, jnp.concatenate([p.ravel() for p in packed])), axis)
+        total = jax.lax.psum(after(last, jnp.concatenate([p.ravel() for p in packed])), axis)
         last = total if total.size else last
         ends = np.cumsum([p.size for p in packed])[:-1]
         for i, p, part in zip(mine, packed, jnp.split(total, ends), strict=True):
             sums[i] = _unpacked(part.reshape(p.shape), plain[i].dtype)
     for i in alone:
-        last = sums[i] = jax.lax.psum(_after(last, plain[i]), axis)
+        last = sums[i] = jax.lax.psum(after(last, plain[i]), axis)
     return jax.tree.unflatten(structure, [_like(sums[i], x) for i, x in enumerate(leaves)])
 
 
@@ -211,8 +211,8 @@ def exchange(tree: PyTree, axis: str) -> PyTree:
 LARGE_MESSAGE = 1 << 18
 
 
-def _after(last: jax.Array | None, message: jax.Array) -> jax.Array:
-    """The message, which can't be made before the last has come: a condition on it that the compiler can't know."""
+def after(last: jax.Array | None, message: jax.Array) -> jax.Array:
+    """The message, which can't be made before ``last`` has come: a condition on it that the compiler can't know."""
     if last is None:
         return message
     first = last.ravel()[0]
