@@ -29,10 +29,10 @@ EXTRA = "--xla_backend_extra_options="
 # Bytes a turn, by XLA's count. Inside such a kernel nothing is cut up for threads, and what no library multiplies
 # (integers, complex numbers) is slow: products of two matrices of 128 x 128 such numbers are above.
 BYTES = 1 << 17
-# What a step makes, by our count, which knows less of fusion than XLA: 17,000 of W1's, of which XLA counts some 30,000.
+# What a step makes, by our count, which knows less of fusion than XLA: 17,000 of W1's, where XLA counts below 32,768.
 MOST_MADE = BYTES // 2
-# Operations of a step's products; larger ones are faster in a library. Rounds of 20 clients on two cores took .4 to .8
-# of the time with up to 36,000 (regressions and perceptrons, batches of 10 and 20), and .8 to 1.4 from 38,000 on.
+# Operations of a step's products; larger ones are faster in a library. Rounds of 20 clients on two cores took .4 to .96
+# of the time with up to 36,000 (regressions and perceptrons, batches of 10 to 20), and .8 to 2.4 from 38,000 on.
 MOST_WORK = 3.7e4
 # Bytes of what is made only to be summed up, as a kernel's gradient is (``products.py``): from 48,000 on a step took up
 # to 1.4 of the time.
