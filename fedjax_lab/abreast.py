@@ -173,4 +173,4 @@ def _gathered(clients: PyTree, ids: jax.Array) -> tuple[PyTree, jax.Array]:
 def _scattered(clients: PyTree, ids: jax.Array, turns: PyTree) -> PyTree:
     if not jax.tree.leaves(clients.table):
         return clients
-    return jax.vmap(scatter)(clients, ids, turns.alive, turns.state)
+    return jax.vmap(scatter)(clients, ids, turns.facts.alive, turns.state)

@@ -131,7 +131,7 @@ class ClientData:
           The last carry.
         """
         size = self.tile if batch_size is None else batch_size
-        batches = (self.size + size - 1) // size  # of one epoch
+        batches = _quotient(self.size + (size - 1), size)  # of one epoch
         trips = epochs * batches if steps is None else jnp.where(self.size > 0, steps, 0)
         per_epoch = jnp.maximum(batches, 1)
         seed = None if key is None else shuffle.seed_of(key)
@@ -139,7 +139,7 @@ class ClientData:
 
         def body(t, carry):
             done = jax.lax.convert_element_type(t, per_epoch.dtype)  # "steps" may be of another type
-            epoch = jax.lax.div(done, per_epoch)  # of positive integers: plain division, which "//" is not
+            epoch = _quotient(done, per_epoch)
             positions = (done - epoch * per_epoch) * size + slots
             mask = positions < self.size
             if seed is None:
@@ -160,6 +160,12 @@ class ClientData:
             return jax.tree.map(lambda a, b: jnp.where(t < trips, a, b), new, carry), None
 
         return jax.lax.scan(masked, carry, jnp.arange(bound))[0]
+
+
+def _quotient(n: jax.Array, by: jax.Array | int) -> jax.Array:
+    """``n // by`` of integers that aren't negative: a division only, where "//" looks at signs and remainders."""
+    n = jnp.asarray(n)
+    return jax.lax.div(n, jnp.asarray(by, n.dtype))
 
 
 def first_of(size: Any, fraction: float) -> Any:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_lab.client import ClientData
+from fedjax_lab.facts import Facts, facts
 from fedjax_lab.round import Round, nbytes, upload_bytes
 
 PyTree = Any
@@ -14,17 +15,11 @@ PyTree = Any
 class Turn(NamedTuple):
     """One client's turn, besides what is summed: see :class:`Answers` for the same over a cohort.
 
-    ``alive``: present, and all it computed is finite; its ``state`` is kept. ``counted``: alive, sent, and
-    of positive weight. ``kept``: what an aggregator with ``reduce`` gets to see.
+    ``state`` is kept if the client is ``facts.alive``. ``kept``: what an aggregator with ``reduce`` gets to see.
     """
 
     state: PyTree
-    alive: jax.Array
-    counted: jax.Array
-    weight: jax.Array
-    metrics: dict[str, jax.Array]
-    bytes_up: jax.Array
-    bytes_down: jax.Array
+    facts: Facts
     kept: PyTree
 
 
@@ -75,17 +70,15 @@ def client_turn(round: Round, server, data, env, key, client_id, present, state,
     kept = ()
     if round.aggregate.reduce is not None:
         kept = (zero_unless(output.upload), jnp.where(counted, weight, 0), counted, message)
-    turn = Turn(
-        output.state,
+    told = facts(
         alive,
         counted,
         jnp.where(counted, weight, 0),
-        {name: jnp.asarray(value, jnp.float32) for name, value in output.metrics.items()},
         jnp.where(present & sent, jnp.asarray(upload_bytes(output), jnp.uint32), 0),
         jnp.uint32(nbytes(message)),
-        kept,
+        output.metrics,
     )
-    return zero_unless((value, denominators)), turn
+    return zero_unless((value, denominators)), Turn(output.state, told, kept)
 
 
 def _sane(client: ClientData) -> jax.Array:

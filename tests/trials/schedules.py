@@ -46,7 +46,7 @@ def gossip(round: fl.Round, data, mixing) -> fl.Process:
             return client_turn(round, server, data, env, clients_key, k, jnp.bool_(True), table, known)
 
         lifted, turns = jax.vmap(node)(state.servers, sampler_ids, state.clients.table, known)
-        env = env._replace(survivors=jnp.sum(turns.counted))
+        env = env._replace(survivors=jnp.sum(turns.facts.counted))
 
         def serve(server, sums):
             return round.server_update(server, round.aggregate.finish(sums, env), serving)[0]
@@ -103,7 +103,7 @@ def buffered_asynchronous(round: fl.Round, data, sampler, staleness) -> fl.Proce
             return jax.tree.map(lambda x: x / jnp.sqrt(1.0 + age), lifted), turn
 
         lifted, turns = jax.vmap(one)(env.ids, age, tables, known)
-        env = env._replace(survivors=jnp.sum(turns.counted))
+        env = env._replace(survivors=jnp.sum(turns.facts.counted))
         current = jax.tree.map(lambda p: p[0], state.past)
         sums = jax.tree.map(lambda x: jnp.sum(x, 0), lifted)
         server, _ = round.server_update(current, round.aggregate.finish(sums, env), serving)
