@@ -59,8 +59,9 @@ class ClientData:
         rows = self.first_row + inside
 
         def gather(a):
-            # Only an empty client outside a population has no row at all to stand for the masked ones.
-            return jnp.asarray(a)[rows] if a.shape[0] else jnp.zeros((*rows.shape, *a.shape[1:]), a.dtype)
+            if not a.shape[0]:  # an empty client outside a population has no row at all to stand for the masked ones
+                return jnp.zeros((*rows.shape, *a.shape[1:]), a.dtype)
+            return jnp.asarray(a).at[rows].get(wrap_negative_indices=False)
 
         return jax.tree.map(gather, self.arrays)
 

@@ -301,20 +301,26 @@ def _own_chunks(run: Callable, facts: tuple, states: PyTree, known: jax.Array, m
     """
     lanes = known.shape[1]
     # Not as [chunks, lanes, ...]: for one lane XLA would copy them all into another layout of the same.
-    held = lambda states, chunk: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, chunk * lanes, lanes), states)
-    at = lambda chunk: jax.tree.map(lambda x: x[chunk], facts)
-    first = jax.eval_shape(lambda: run(*at(0), held(states, 0), known[0]))
+    forward = {"allow_negative_indices": False}
+    held = lambda x, chunk: jax.lax.dynamic_slice_in_dim(x, chunk * lanes, lanes, **forward)
+    at = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False, **forward)
+
+    def run_chunk(chunk, states):
+        of = lambda take, tree: jax.tree.map(lambda x: take(x, chunk), tree)
+        return run(*of(at, facts), of(held, states), at(known, chunk))
+
+    first = jax.eval_shape(run_chunk, 0, states)
     sums, turns = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first[0], first[1]._replace(state=())))
     turns = jax.tree.map(lambda x: jnp.zeros((len(mine), *x.shape), x.dtype), turns)
     own = jnp.argsort(~mine, stable=True)
 
     def step(t, carry):
         sums, turns, states = carry
-        chunk = own[t]
-        new, out = run(*at(chunk), held(states, chunk), known[chunk])
-        put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, chunk, 0)
+        chunk = at(own, t)
+        new, out = run_chunk(chunk, states)
+        put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, chunk, 0, **forward)
         turns = jax.tree.map(put, turns, out._replace(state=()))
-        keep = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), chunk * lanes, 0)
+        keep = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), chunk * lanes, 0, **forward)
         return jax.tree.map(jnp.add, sums, new), turns, jax.tree.map(keep, states, out.state)
 
     sums, turns, states = at_most(len(mine), jnp.sum(mine), step, (sums, turns, states))
