@@ -86,15 +86,7 @@ def one_shot(
             return client.size
         if selection == "random":
             return jax.random.uniform(key)
-
-        def measured(batch, mask):
-            found = model.metrics(variables.params, variables.model_state, batch)
-            if metric not in found:
-                near = fl.checks.nearest(metric, found) or f"; it has {sorted(found)}"
-                raise ValueError(f"one_shot() chooses by {metric!r}, which the model doesn't measure{near}")
-            return {metric: found[metric]}
-
-        return fl.mean_over_client(measured, held_out)[metric]
+        return _mean_metric(model, metric, variables, held_out)
 
     def client_update(message, state, client, key, tilt=fl.identity):
         rest, held_out = client.split(1 - validation) if selection == "validation" else (client, client)
@@ -108,20 +100,15 @@ def one_shot(
             trained=trained,
         )
 
-    def reduce(uploads, weights, ok, messages, env):
-        return uploads.variables, jnp.where(ok, uploads.score, _EMPTY), jnp.where(ok, weights, 0)
-
     def server_update(server, candidates, key):
-        both = jax.tree.map(lambda *x: jnp.concatenate(x), tuple(server[1:]), tuple(candidates))
-        best = jax.lax.top_k(both[1], members)[1]
-        chosen = OneShotState(server.variables, *jax.tree.map(lambda x: x[best], both))
+        chosen = _best(server, candidates)
         return chosen._replace(variables=mean_of(chosen)), {"members": jnp.sum(chosen.weights > 0)}
 
     return fl.Round(
         init=init,
         broadcast=lambda server, state, client, key: server.variables,
         client_update=client_update,
-        aggregate=fl.Aggregator(lambda u, w, m, env: (u, w), lambda sums, env: sums, reduce),
+        aggregate=_candidates(),
         server_update=server_update,
         personalize=lambda message, state, client, key: message,
         local=local,
@@ -131,6 +118,35 @@ def one_shot(
         view=fl.Lens(lambda m: m, lambda m, v: v),
         traits=frozenset({"members"}),
     )
+
+
+def _mean_metric(model: fl.Model, metric: str, variables: fl.Variables, client: Any) -> jax.Array:
+    """The mean of a metric over a client's examples. Raises ValueError if the model doesn't have it."""
+
+    def measured(batch, mask):
+        found = model.metrics(variables.params, variables.model_state, batch)
+        if metric not in found:
+            near = fl.checks.nearest(metric, found) or f"; it has {sorted(found)}"
+            raise ValueError(f"one_shot() chooses by {metric!r}, which the model doesn't measure{near}")
+        return {metric: found[metric]}
+
+    return fl.mean_over_client(measured, client)[metric]
+
+
+def _candidates() -> fl.Aggregator:
+    """A cohort's models, scores and weights, ``[cohort, ...]``; who sent nothing has those of an empty place."""
+
+    def reduce(uploads, weights, ok, messages, env):
+        return uploads.variables, jnp.where(ok, uploads.score, _EMPTY), jnp.where(ok, weights, 0)
+
+    return fl.Aggregator(lambda u, w, m, env: (u, w), lambda sums, env: sums, reduce)
+
+
+def _best(server: OneShotState, candidates: tuple) -> OneShotState:
+    """The state with the best models of its members and the candidates as members."""
+    both = jax.tree.map(lambda *x: jnp.concatenate(x), tuple(server[1:]), tuple(candidates))
+    best = jax.lax.top_k(both[1], len(server.scores))[1]
+    return OneShotState(server.variables, *jax.tree.map(lambda x: x[best], both))
 
 
 def mean_of(state: OneShotState) -> fl.Variables:
