@@ -1,5 +1,6 @@
 """Clusters of clients with a model each, which every client chooses by its own loss: IFCA and HypCluster."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,43 +65,21 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
     checks.positive(k, "k", integer=True)
     k = int(k)
     checks.not_negative(spread, "spread")
-    if divide_by not in ("cluster", "cohort"):
-        near = checks.nearest(str(divide_by), ("cluster", "cohort"))
-        raise ValueError(f"divide_by must be 'cluster' or 'cohort'; got {checks.shown(divide_by)}{near}")
+    _check_denominator(divide_by)
 
     def transform(round: Round) -> Round:
-        model, view, loss, personal = round.model, round.view, round.loss, round.personalize
-        if model is None or view is None or loss is None or personal is None:
-            raise ValueError("clusters() chooses among models by their loss, but this Round trains none")
-        if "many_models" in round.traits:
-            raise ValueError("clusters() multiplies a Round's model, but this Round has several already")
+        model, view = _one_model(round)
         if k == 1:
             return round
-        if "by_leaf" in round.traits:
-            raise ValueError(
-                "clusters() sends several models, but partial_averaging() sends a client what is new to it of one: "
-                "leave one of the two out"
-            )
-        if {"pruned", "in_step"} & round.traits:
-            raise ValueError(
-                "clusters() sends several models, but this Round (pruning, lag_ps, fl.downlink) sends what is new to a "
-                "client that holds one: put fl.downlink behind clusters(), and leave the others out"
-            )
+        _check_messages(round)
         memories.of_one_model(round, "clusters() lets clients go from one model to another")
-        sent = received_model(round, "clusters()")
+        choose = _least_loss(round)
         number = jnp.uint8 if k <= 256 else jnp.int32
 
         def init(key, data, params=None):
             given = stacked.one_each(params, k, f"clusters({k})")
             each = zip(stacked.keys_of(key, k), given, strict=True)
             return ClusterServer(stacked.stack([_start(round, own, data, start, spread) for own, start in each]))
-
-        def choose(message, state, client, key):
-            def of(one):
-                value = mean_loss(loss, sent(one, state, client, key), client, key)
-                return jnp.where(jnp.isnan(value), jnp.inf, value)  # a model that diverged is nobody's choice
-
-            return jnp.argmin(jax.vmap(of)(message))
 
         def broadcast(server, state, client, key):
             return jax.vmap(lambda one: round.broadcast(one, state, client, key))(server.models)
@@ -122,7 +101,7 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
             return ClusterServer(kept), metrics | {f"cluster_{j}": aggregate.counts[j] for j in range(k)}
 
         def personalize(message, state, client, key):
-            return personal(stacked.pick(message, choose(message, state, client, key)), state, client, key)
+            return round.personalize(stacked.pick(message, choose(message, state, client, key)), state, client, key)
 
         inside = lambda server: stacked.pick(server.models, 0)
         put = lambda server, part: ClusterServer(stacked.replaced(server.models, 0, part))
@@ -140,6 +119,52 @@ def clusters(k: int, *, divide_by: str = "cluster", spread: Any = 0.0) -> Transf
         )
 
     return transform
+
+
+def _check_denominator(divide_by: Any) -> None:
+    """Refuse what is no way to divide."""
+    if divide_by not in ("cluster", "cohort"):
+        near = checks.nearest(str(divide_by), ("cluster", "cohort"))
+        raise ValueError(f"divide_by must be 'cluster' or 'cohort'; got {checks.shown(divide_by)}{near}")
+
+
+def _one_model(round: Round) -> tuple[Lens, Lens]:
+    """The lenses ``model`` and ``view`` of a Round; one that doesn't train one model is refused."""
+    model, view = round.model, round.view
+    if model is None or view is None or round.loss is None or round.personalize is None:
+        raise ValueError("clusters() chooses among models by their loss, but this Round trains none")
+    if "many_models" in round.traits:
+        raise ValueError("clusters() multiplies a Round's model, but this Round has several already")
+    return model, view
+
+
+def _check_messages(round: Round) -> None:
+    """Refuse a Round that sends a client what is new to it of the one model that it holds."""
+    if "by_leaf" in round.traits:
+        raise ValueError(
+            "clusters() sends several models, but partial_averaging() sends a client what is new to it of one: "
+            "leave one of the two out"
+        )
+    if {"pruned", "in_step"} & round.traits:
+        raise ValueError(
+            "clusters() sends several models, but this Round (pruning, lag_ps, fl.downlink) sends what is new to a "
+            "client that holds one: put fl.downlink behind clusters(), and leave the others out"
+        )
+
+
+def _least_loss(round: Round) -> Callable[[PyTree, PyTree, Any, jax.Array], jax.Array]:
+    """``(messages, state, client, key) -> int32[]``: which of the models has the least loss on a client's examples."""
+    loss: Any = round.loss
+    sent = received_model(round, "clusters()")
+
+    def choose(messages, state, client, key):
+        def of(one):
+            value = mean_loss(loss, sent(one, state, client, key), client, key)
+            return jnp.where(jnp.isnan(value), jnp.inf, value)  # a model that diverged is nobody's choice
+
+        return jnp.argmin(jax.vmap(of)(messages))
+
+    return choose
 
 
 def _start(round: Round, key: jax.Array, data: Any, params: PyTree, spread: Any) -> PyTree:
