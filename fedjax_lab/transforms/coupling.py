@@ -78,20 +78,12 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
     mixing = None if relations is None else _mixing(relations)
 
     def transform(round: Round) -> Round:
+        _check_round(round)
         model, view = round.model, round.view
-        if model is None or view is None:
-            raise ValueError("coupling() trains each client's own model, but this Round sends none")
-        if {"partial", "many_models"} & round.traits:
-            raise ValueError("coupling() comes before transforms that split or multiply the model: put it first")
-        memories.of_units(round, "coupling()")
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
-            if mixing is None:
-                return CoupledServer(server, ())
-            clients = len(mixing)
-            copies = lambda w: jnp.broadcast_to(w, (clients, *w.shape))
-            return CoupledServer(server, jax.tree.map(copies, model.get(server).params))
+            return CoupledServer(server, () if mixing is None else _copies(model.get(server).params, len(mixing)))
 
         def broadcast(server, state, client, key):
             message = round.broadcast(server.inner, state.inner, client, key)
@@ -111,9 +103,7 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
         def client_update(message, state, client, key, tilt=identity):
             center = view.get(message.inner).params
             if mixing is not None:
-                # Not in init, which an evaluation on other clients' data runs too.
-                if getattr(client, "population", None) not in (None, len(mixing)):
-                    raise ValueError(f"relations are of {len(mixing)} clients, but the data have {client.population}")
+                _check_clients(mixing, client)  # not in init, which an evaluation on other clients' data runs too
                 center = jax.tree.map(jnp.add, center, message.offset)
             pull = proximal(lam, center)
             own = view.set(message.inner, state.own)
@@ -129,10 +119,7 @@ def coupling(lam: Any, relations: Any = None) -> Transform:
             return out._replace(upload=upload, state=CoupledClient(new, out.state), bytes_up=None, parts=parts)
 
         def server_update(server, aggregate, key):
-            if mixing is None:
-                inner, metrics = round.server_update(server.inner, aggregate, key)
-                return CoupledServer(inner, ()), metrics
-            part, ids, rows = aggregate
+            part, ids, rows = (aggregate, (), ()) if mixing is None else aggregate
             inner, metrics = round.server_update(server.inner, part, key)
             put = lambda old, new: old.at[ids].set(new.astype(old.dtype), mode="drop")
             return CoupledServer(inner, jax.tree.map(put, server.rows, rows)), metrics
@@ -175,6 +162,26 @@ def _mixing(relations: Any) -> np.ndarray:
     if len(wrong):
         raise ValueError(f"each row of relations must be at least 0 and sum to 1; row {wrong[0]} doesn't")
     return found
+
+
+def _check_round(round: Round) -> None:
+    """Refuse a Round that doesn't send one whole model, the same units each time."""
+    if round.model is None or round.view is None:
+        raise ValueError("coupling() trains each client's own model, but this Round sends none")
+    if {"partial", "many_models"} & round.traits:
+        raise ValueError("coupling() comes before transforms that split or multiply the model: put it first")
+    memories.of_units(round, "coupling()")
+
+
+def _check_clients(mixing: np.ndarray, client: Any) -> None:
+    """Refuse relations of another number of clients than the data have."""
+    if getattr(client, "population", None) not in (None, len(mixing)):
+        raise ValueError(f"relations are of {len(mixing)} clients, but the data have {client.population}")
+
+
+def _copies(params: PyTree, clients: int) -> PyTree:
+    """The parameters as every client's, ``[clients, ...]``."""
+    return jax.tree.map(lambda w: jnp.broadcast_to(w, (clients, *w.shape)), params)
 
 
 def _center(mixing: np.ndarray | None, rows: PyTree, client: Any, otherwise: PyTree) -> PyTree:
