@@ -60,33 +60,15 @@ def reconstruction(
     checks.share(support, "support")
 
     def transform(round: Round) -> Round:
+        _check_round(round)
         view, lens = round.view, round.model
-        if view is None or lens is None:
-            raise ValueError("reconstruction() splits a model, but this Round sends none")
-        if {"encoded", "summed"} & round.traits:
-            raise ValueError(
-                "reconstruction() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"
-            )
-        if {"sub_models", "pruned", "merged"} & round.traits:
-            raise ValueError(
-                "reconstruction() takes leaves out of whole models, but this Round sends parts of one (federated "
-                "dropout, width slices, pruning, merged adapters), which don't go together"
-            )
-        if {"split", "many_models"} & round.traits:
-            raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
-        if "by_leaf" in round.traits:
-            raise ValueError(
-                "reconstruction() takes leaves out of messages, but partial_averaging() has these travel in rounds of "
-                "their own: leave one of the two out"
-            )
         local = own_training(round, client_optimizer, local_work, "reconstruction()")
 
         def init(key, data, params=None):
             server = round.init(key, of_second_part(data, support), params)
             splits(predicate, lens.get(server))
             _same_model(lens.get(server), jax.eval_shape(lambda: _initial(model, data)))
-            if not isinstance(data.sizes, Tracer) and np.asarray(data.sizes).max() < 2:
-                raise ValueError("reconstruction() splits each client's data in two, but no client has two examples")
+            _divisible(data)
             return server
 
         def broadcast(server, state, client, key):
@@ -128,6 +110,34 @@ def reconstruction(
         )
 
     return transform
+
+
+def _check_round(round: Round) -> None:
+    """Refuse a Round that doesn't send whole models as they are."""
+    if round.view is None or round.model is None:
+        raise ValueError("reconstruction() splits a model, but this Round sends none")
+    if {"encoded", "summed"} & round.traits:
+        raise ValueError(
+            "reconstruction() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"
+        )
+    if {"sub_models", "pruned", "merged"} & round.traits:
+        raise ValueError(
+            "reconstruction() takes leaves out of whole models, but this Round sends parts of one (federated "
+            "dropout, width slices, pruning, merged adapters), which don't go together"
+        )
+    if {"split", "many_models"} & round.traits:
+        raise ValueError("reconstruction() comes before transforms that split or multiply the model: put it first")
+    if "by_leaf" in round.traits:
+        raise ValueError(
+            "reconstruction() takes leaves out of messages, but partial_averaging() has these travel in rounds of "
+            "their own: leave one of the two out"
+        )
+
+
+def _divisible(data: Any) -> None:
+    """Refuse data of which no client can be split in two."""
+    if not isinstance(data.sizes, Tracer) and np.asarray(data.sizes).max() < 2:
+        raise ValueError("reconstruction() splits each client's data in two, but no client has two examples")
 
 
 def _initial(model: Model, data: Any) -> Variables:
