@@ -7,7 +7,8 @@ from fedjax_lab.transforms.control_variates import control_variates
 from fedjax_lab.transforms.coupling import coupling, in_clusters
 from fedjax_lab.transforms.fedpara import fedpara, personal_factors
 from fedjax_lab.transforms.gradient_rounds import gradient_rounds, idle_in_even_rounds
-from fedjax_lab.transforms.hypernetwork import Hypernetwork, hypernetwork, perceptron
+from fedjax_lab.transforms.hypernetwork import hypernetwork
+from fedjax_lab.transforms.hypernetworks import Hypernetwork, perceptron
 from fedjax_lab.transforms.knn import nearest_neighbours
 from fedjax_lab.transforms.local_gradients import local_gradients
 from fedjax_lab.transforms.meta import meta_sgd, per_fedavg, reptile, with_rates

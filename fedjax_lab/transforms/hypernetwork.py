@@ -1,12 +1,9 @@
 """Models that a network on the server makes, a different one for each client: pFedHN."""
 
-import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
@@ -17,22 +14,9 @@ from fedjax_lab.models.base import Variables, add
 from fedjax_lab.nesting import nested
 from fedjax_lab.round import Aggregator, Lens, Round, Transform, identity
 from fedjax_lab.transforms import memories
+from fedjax_lab.transforms.hypernetworks import Hypernetwork, as_network, fits, shaped
 
 PyTree = Any
-
-
-class Hypernetwork(NamedTuple):
-    """A function from a client's embedding to its parameters.
-
-    Attributes:
-      init: ``(key, embedding: float32[size], params) -> phi``, its own parameters; ``params`` are those that the model
-        would start from.
-      apply: ``(phi, embedding) -> params``, of the model's structure, or all of them in one vector in the order of
-        ``jax.tree.leaves``.
-    """
-
-    init: Callable[[jax.Array, jax.Array, PyTree], PyTree]
-    apply: Callable[[PyTree, jax.Array], Any]
 
 
 class HyperServer(NamedTuple):
@@ -94,16 +78,12 @@ def hypernetwork(
         or uploads anything but how its model changed; when the process is built, a network that doesn't give the
         model's parameters.
     """
-    made = _network(network)
-    if embedding_size is not None:
-        checks.positive(embedding_size, "embedding_size", integer=True)
-    checks.positive(embedding_learning_rate, "embedding_learning_rate")
-    checks.optimizer(server_optimizer, "server_optimizer")
-    goes_downhill(server_optimizer, "server_optimizer")
+    made = as_network(network)
+    _check(embedding_size, embedding_learning_rate, server_optimizer)
 
     def transform(round: Round) -> Round:
-        _check_round(round)
-        model, view = round.model, round.view
+        model, view = _lenses(round)
+        maker = _Maker(made, model)
 
         def init(key, data, params=None):
             inner = round.init(key, data, params)
@@ -112,43 +92,25 @@ def hypernetwork(
             own, drawn = jax.random.split(jax.random.fold_in(key, 0x4E7))
             embeddings = jax.random.normal(drawn, (data.num_clients, size))
             phi = made.init(own, embeddings[0], start)
-            _fits(jax.eval_shape(made.apply, phi, embeddings[0]), start)
+            fits(jax.eval_shape(made.apply, phi, embeddings[0]), start)
             return HyperServer(inner, phi, embeddings, server_optimizer.init(phi))
-
-        def of(server: HyperServer, phi: PyTree, embedding: jax.Array) -> PyTree:
-            return _shaped(made.apply(phi, embedding), model.get(server.inner).params)
 
         def broadcast(server, state, client, key):
             message = round.broadcast(server.inner, state, client, key)
-            count = len(server.embeddings)
-            known = (client.id >= 0) & (client.id < count)
-            row = server.embeddings[jnp.clip(client.id, 0, count - 1)]
-            params = of(server, server.phi, jnp.where(known, row, server.embeddings.mean(0)))
+            params = maker.params(server, server.phi, _embedding(server.embeddings, client))
             like = view.get(message)
             return view.set(message, like._replace(params=_without(like.params, params)))
 
         def client_update(message, state, client, key, tilt=identity):
             out = round.client_update(message, state, client, key, tilt=tilt)
-            if jax.tree.structure(out.upload) != jax.tree.structure(view.get(message)):
-                raise ValueError(
-                    "hypernetwork() learns from how a client's model changed, but this Round uploads something else "
-                    "too: build it on fedavg() and changes of the local objective"
-                )
+            _check_upload(out.upload, view.get(message))
             return out
-
-        def reduce(uploads, weights, ok, messages, env):
-            ids = jnp.where(ok, env.ids, env.population)
-            return Pulled(ids, divide(weights, jnp.sum(weights)), uploads)
 
         def server_update(server, aggregate, key):
             variables = model.get(server.inner)
             deltas, states = _whole(aggregate.uploads, variables, len(aggregate.ids))
             rows = server.embeddings.at[aggregate.ids].get(mode="fill", fill_value=0)
-            make = jax.vmap(lambda phi, row: of(server, phi, row), in_axes=(None, 0))
-            _, pull = jax.vjp(make, server.phi, rows)
-            share = lambda d: (-d * aggregate.weights.reshape(-1, *[1] * (d.ndim - 1))).astype(d.dtype)
-            gradient, _ = pull(jax.tree.map(share, deltas))
-            _, slopes = pull(jax.tree.map(jnp.negative, deltas))
+            gradient, slopes = maker.pulled_back(server, rows, deltas, aggregate.weights)
             updates, opt_state = server_optimizer.update(gradient, server.opt_state, server.phi)
             moved = rows - embedding_learning_rate * slopes
             mean = lambda u: jnp.tensordot(aggregate.weights, u.astype(jnp.float32), 1)
@@ -160,11 +122,6 @@ def hypernetwork(
                 opt_state,
             ), {}
 
-        def mean_model(server):
-            """What a client would be sent that nothing is known of."""
-            params = of(server, server.phi, server.embeddings.mean(0))
-            return model.get(server.inner)._replace(params=params)
-
         return nested(
             round,
             message=False,
@@ -172,93 +129,55 @@ def hypernetwork(
             broadcast=broadcast,
             client_update=client_update,
             server_update=server_update,
-            aggregate=Aggregator(lambda upload, weight, message, env: (upload, ()), lambda sums, env: sums[0], reduce),
-            model=Lens(mean_model, _unchangeable),
+            aggregate=_cohort(),
+            model=Lens(lambda server: maker.mean_model(server), _unchangeable),
             traits=round.traits | {"personal", "many_models"},
         )
 
     return transform
 
 
-def perceptron(hidden: Sequence[int] = (100,), head_scale: Any = 0.1) -> Hypernetwork:
-    """Layers of ReLU units, and from the last a linear map to the model's parameters.
+class _Maker(NamedTuple):
+    """A network, and the lens to the model whose parameters it makes."""
 
-    The map's offset begins at the parameters that the model would start from, so that all clients begin near
-    these.
+    network: Hypernetwork
+    model: Lens
 
-    Args:
-      hidden: the units of each layer; none at all is a linear network.
-      head_scale: of the last map at the start: by so much, about, the clients' parameters differ to begin with,
-        in units of one over the square root of its inputs.
-    """
-    for units in hidden:
-        checks.positive(units, "hidden", integer=True, unit=" of units in each layer")
-    checks.positive(head_scale, "head_scale")
+    def params(self, server: HyperServer, phi: PyTree, embedding: jax.Array) -> PyTree:
+        """The model's parameters for one client: h(v; phi)."""
+        return shaped(self.network.apply(phi, embedding), self.model.get(server.inner).params)
 
-    def init(key, embedding, params):
-        flat, _ = jax.flatten_util.ravel_pytree(params)
-        widths = (*embedding.shape, *hidden, flat.size)
-        scales = (*[math.sqrt(2.0)] * len(hidden), head_scale)
-        keys = jax.random.split(key, len(widths) - 1)
-        layers = []
-        for k, low, high, scale in zip(keys, widths[:-1], widths[1:], scales, strict=True):
-            layers.append(
-                {"kernel": scale / math.sqrt(low) * jax.random.normal(k, (low, high)), "bias": jnp.zeros(high)}
-            )
-        layers[-1]["bias"] = flat.astype(jnp.float32)
-        return layers
+    def mean_model(self, server: HyperServer) -> Variables:
+        """What a client would be sent that nothing is known of."""
+        params = self.params(server, server.phi, server.embeddings.mean(0))
+        return self.model.get(server.inner)._replace(params=params)
 
-    def apply(phi, embedding):
-        x = embedding
-        for layer in phi[:-1]:
-            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"])
-        return x @ phi[-1]["kernel"] + phi[-1]["bias"]
-
-    return Hypernetwork(init, apply)
+    def pulled_back(self, server: HyperServer, rows: jax.Array, deltas: PyTree, weights: jax.Array) -> tuple:
+        """The gradients of ``-<h(v_k; phi), delta_k>``: their mean by weight for phi, and each client's for its v_k."""
+        make = jax.vmap(lambda phi, row: self.params(server, phi, row), in_axes=(None, 0))
+        _, pull = jax.vjp(make, server.phi, rows)
+        share = lambda d: (-d * weights.reshape(-1, *[1] * (d.ndim - 1))).astype(d.dtype)
+        gradient, _ = pull(jax.tree.map(share, deltas))
+        _, slopes = pull(jax.tree.map(jnp.negative, deltas))
+        return gradient, slopes
 
 
-def _network(given: Any) -> Hypernetwork:
-    if given is None:
-        return perceptron()
-    if isinstance(given, Hypernetwork):
-        return given
-    if isinstance(given, nn.Module):
-        return Hypernetwork(
-            lambda key, embedding, params: nn.meta.unbox(given.init(key, embedding)),
-            lambda phi, embedding: given.apply(phi, embedding),
-        )
-    raise ValueError(
-        f"network must be a Flax module or fl.transforms.Hypernetwork(init, apply); got {checks.shown(given)}"
-    )
+def _embedding(embeddings: jax.Array, client: Any) -> jax.Array:
+    """The client's embedding; the mean one if the server has none for it."""
+    count = len(embeddings)
+    known = (client.id >= 0) & (client.id < count)
+    row = embeddings[jnp.clip(client.id, 0, count - 1)]
+    return jnp.where(known, row, embeddings.mean(0))
 
 
-def _shaped(made: Any, params: PyTree) -> PyTree:
-    """What a network made, in the structure and types of ``params``."""
-    if not _in_one(made, params):
-        return jax.tree.map(lambda m, p: m.astype(p.dtype), made, params)
-    leaves, structure = jax.tree.flatten(params)
-    ends, parts = 0, []
-    for leaf in leaves:
-        parts.append(made[ends : ends + leaf.size].reshape(leaf.shape).astype(leaf.dtype))
-        ends += leaf.size
-    return jax.tree.unflatten(structure, parts)
+def _cohort() -> Aggregator:
+    """A cohort's uploads as they are, with whose they are and their shares of the weight."""
 
+    def reduce(uploads, weights, ok, messages, env):
+        ids = jnp.where(ok, env.ids, env.population)
+        return Pulled(ids, divide(weights, jnp.sum(weights)), uploads)
 
-def _in_one(made: Any, params: PyTree) -> bool:
-    """Whether a network gave one vector of all parameters."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return getattr(made, "shape", None) == (total,) and jax.tree.structure(made) == jax.tree.structure(0)
-
-
-def _fits(made: Any, params: PyTree) -> None:
-    """Refuse a network that doesn't give the model's parameters."""
-    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
-    if _in_one(made, params) or shapes(made) == shapes(params):
-        return
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    wanted = {name: leaf.shape for name, leaf in checks.named_leaves(params)}
-    got = {name: leaf.shape for name, leaf in checks.named_leaves(made)}
-    raise ValueError(f"the hypernetwork gives {got}, but the model has {wanted}, or one vector of {total} numbers")
+    return Aggregator(lambda upload, weight, message, env: (upload, ()), lambda sums, env: sums[0], reduce)
 
 
 def _without(like: PyTree, params: PyTree) -> PyTree:
@@ -276,9 +195,29 @@ def _unchangeable(server: HyperServer, variables: Variables) -> HyperServer:
     raise ValueError("a hypernetwork makes its clients' models: there is no one model to replace")
 
 
-def _check_round(round: Round) -> None:
+def _check(embedding_size: int | None, learning_rate: Any, optimizer: optax.GradientTransformation) -> None:
+    """Refuse sizes, rates and optimizers that can't be."""
+    if embedding_size is not None:
+        checks.positive(embedding_size, "embedding_size", integer=True)
+    checks.positive(learning_rate, "embedding_learning_rate")
+    checks.optimizer(optimizer, "server_optimizer")
+    goes_downhill(optimizer, "server_optimizer")
+
+
+def _check_upload(upload: Any, sent: Variables) -> None:
+    """Refuse an upload that isn't shaped as the model that was sent."""
+    if jax.tree.structure(upload) != jax.tree.structure(sent):
+        raise ValueError(
+            "hypernetwork() learns from how a client's model changed, but this Round uploads something else "
+            "too: build it on fedavg() and changes of the local objective"
+        )
+
+
+def _lenses(round: Round) -> tuple[Lens, Lens]:
+    """The lenses ``model`` and ``view`` of a Round; one that doesn't train and send one whole model is refused."""
+    model, view = round.model, round.view
     memories.of_one_model(round, "hypernetwork() makes each client's model anew")
-    if round.model is None or round.view is None:
+    if model is None or view is None:
         raise ValueError("hypernetwork() makes the models that clients are sent, but this Round sends none")
     if "many_models" in round.traits:
         raise ValueError("hypernetwork() makes a model for each client, but this Round has several already")
@@ -287,3 +226,4 @@ def _check_round(round: Round) -> None:
             "hypernetwork() makes whole models, but this Round sends parts of one (federated dropout, width slices), "
             "which don't go together"
         )
+    return model, view
