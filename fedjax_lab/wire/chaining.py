@@ -49,66 +49,15 @@ def chain(*links: Wire) -> Wire:
     if len(flat) == 1 and flat[0].bind is None:
         return flat[0]
     _check(flat)
-    noisy = any(link.bind is not None for link in flat)
-    noisy_sum = any(link.bind is not None and link.decode is not as_opened for link in flat)
-    last = _summed(flat)  # links[:last] are decoded after the sum
-
-    def ready(like: PyTree) -> tuple[Wire, ...]:
-        """The links, their noise calibrated to what arrives of such an input."""
-        return _calibrated(flat, _stages(flat, like)) if noisy else flat
-
-    def part(ctx: Ctx, i: int) -> Ctx:
-        return ctx.part(i, ctx.state[i] if ctx.state else ())
-
-    def encode(x, state, ctx):
-        new, like = [], Like.of(x)
-        for i, link in enumerate(ready(shapes(x))):
-            x, own, size = link.encode(x, state[i] if state else (), part(ctx, i))
-            new.append(own)
-        x = Calibrated(x, like) if noisy_sum else x
-        return x, tuple(new) if state else (), size
-
-    def open_(payload, ctx):
-        for i in reversed(range(last, len(flat))):
-            payload = _inside(lambda p, i=i: undo(flat[i], p, part(ctx, i)), payload)
-        return _inside(lambda p: flat[last - 1].open(p, part(ctx, last - 1)), payload)
-
-    def decode(total, ctx):
-        own = list(ctx.state) if ctx.state else [()] * len(flat)
-        now = flat
-        if noisy_sum:
-            now, total = ready(total.like.shapes()), total.payload
-        x, own[last - 1] = now[last - 1].decode(total, part(ctx, last - 1))
-        for i in reversed(range(last - 1)):
-            here = part(ctx, i)
-            x, own[i] = now[i].decode(now[i].open(x, here), here)
-        return x, tuple(own) if ctx.state else ctx.state
-
-    def init(like):
-        return tuple(link.init(s) for link, s in zip(flat, _stages(flat, like), strict=True))
-
-    def init_client(like):
-        return tuple(link.init_client(s) for link, s in zip(flat, _stages(flat, like), strict=True))
-
-    def bound(norm, like):
-        for link, stage in zip(flat, _stages(flat, like), strict=True):
-            norm = link.bound(norm, stage)
-        return norm
-
-    def gain(norm, like):
-        for link, stage in reversed(list(zip(flat, _stages(flat, like), strict=True))):
-            norm = link.gain(norm, stage)
-        return norm
-
+    made = _Chain(flat)
     guards = [link.guard for link in flat if link.must_sum]
     every = lambda name, nothing: all(getattr(link, name) is nothing for link in flat)
-    trivial = not noisy_sum and all(link.decode is as_opened for link in flat[:last])
     return Wire(
-        encode,
-        open_,
-        as_opened if trivial else decode,
-        init=stateless if every("init", stateless) else init,
-        init_client=stateless if every("init_client", stateless) else init_client,
+        made.encode,
+        made.open,
+        as_opened if made.opened_whole else made.decode,
+        init=stateless if every("init", stateless) else made.init,
+        init_client=stateless if every("init_client", stateless) else made.init_client,
         sends=lambda state: tuple(link.sends(s) for link, s in zip(flat, state, strict=True)) if state else (),
         sends_bytes=lambda told: sum(link.sends_bytes(t) for link, t in zip(flat, told, strict=True)) if told else 0,
         summable=all(link.summable for link in flat),
@@ -119,12 +68,96 @@ def chain(*links: Wire) -> Wire:
         in_place=all(link.in_place for link in flat),
         remembers=any(link.remembers for link in flat),
         additive=all(link.additive for link in flat),
-        bound=bound,
-        gain=gain,
+        bound=made.bound,
+        gain=made.gain,
         guard=None if not guards or any(g is None for g in guards) else chain(*guards),
         links=flat,
         name=f"chain({', '.join(link.name for link in flat)})",
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # a link is told apart by its functions: they are this chain's alone
+class _Chain:
+    """What a chain of these ``links`` computes; its public functions are those of a :class:`Wire`."""
+
+    links: tuple[Wire, ...]
+
+    @property
+    def last(self) -> int:
+        """``links[:last]`` are decoded after the sum."""
+        return _summed(self.links)
+
+    @property
+    def noisy_sum(self) -> bool:
+        """Whether noise is added after the sum."""
+        return any(link.bind is not None and link.decode is not as_opened for link in self.links)
+
+    @property
+    def opened_whole(self) -> bool:
+        """Whether nothing is left to decode after the sum."""
+        return not self.noisy_sum and all(link.decode is as_opened for link in self.links[: self.last])
+
+    def encode(self, x: PyTree, state: Any, ctx: Ctx) -> tuple[PyTree, Any, Any]:
+        """In reading order, each what the one before it made."""
+        new, like = [], Like.of(x)
+        for i, link in enumerate(self._ready(shapes(x))):
+            x, own, size = link.encode(x, state[i] if state else (), _part(ctx, i))
+            new.append(own)
+        x = Calibrated(x, like) if self.noisy_sum else x
+        return x, tuple(new) if state else (), size
+
+    def open(self, payload: PyTree, ctx: Ctx) -> PyTree:
+        """Undone for one client as far as it must be before the sum."""
+        last = self.last
+        for i in reversed(range(last, len(self.links))):
+            payload = _inside(lambda p, i=i: undo(self.links[i], p, _part(ctx, i)), payload)
+        return _inside(lambda p: self.links[last - 1].open(p, _part(ctx, last - 1)), payload)
+
+    def decode(self, total: PyTree, ctx: Ctx) -> tuple[PyTree, Any]:
+        """The rest of it, for the sum."""
+        links, last = self.links, self.last
+        own = list(ctx.state) if ctx.state else [()] * len(links)
+        if self.noisy_sum:
+            links, total = self._ready(total.like.shapes()), total.payload
+        x, own[last - 1] = links[last - 1].decode(total, _part(ctx, last - 1))
+        for i in reversed(range(last - 1)):
+            here = _part(ctx, i)
+            x, own[i] = links[i].decode(links[i].open(x, here), here)
+        return x, tuple(own) if ctx.state else ctx.state
+
+    def init(self, like: PyTree) -> tuple:
+        """The links' server states."""
+        return tuple(link.init(s) for link, s in self._staged(like))
+
+    def init_client(self, like: PyTree) -> tuple:
+        """The links' client states."""
+        return tuple(link.init_client(s) for link, s in self._staged(like))
+
+    def bound(self, norm: Any, like: PyTree) -> Any:
+        """How long the last payload may be."""
+        for link, stage in self._staged(like):
+            norm = link.bound(norm, stage)
+        return norm
+
+    def gain(self, norm: Any, like: PyTree) -> Any:
+        """How long may be what is made of a payload of this length."""
+        for link, stage in reversed(self._staged(like)):
+            norm = link.gain(norm, stage)
+        return norm
+
+    def _staged(self, like: PyTree) -> list[tuple[Wire, PyTree]]:
+        """The links, each with the shapes of what it is given."""
+        return list(zip(self.links, _stages(self.links, like), strict=True))
+
+    def _ready(self, like: PyTree) -> tuple[Wire, ...]:
+        """The links, their noise calibrated to what arrives of such an input."""
+        noisy = any(link.bind is not None for link in self.links)
+        return _calibrated(self.links, _stages(self.links, like)) if noisy else self.links
+
+
+def _part(ctx: Ctx, i: int) -> Ctx:
+    """The context of the ``i``-th link."""
+    return ctx.part(i, ctx.state[i] if ctx.state else ())
 
 
 def _flattened(links: tuple) -> tuple[Wire, ...]:
