@@ -98,6 +98,7 @@ def virtual(
     if model.init_from is None:
         vi.floating(jax.eval_shape(model.init, jax.random.key(0))[0])
     certain = 1.0 / (prior_scale * prior_scale)
+    star = _Star(certain, private)
 
     def init(key, data, params=None):
         variables = fl.initial_variables(model, key, data, params)
@@ -106,28 +107,8 @@ def virtual(
             _splits(private, variables)
         return Posterior(variables, vi.belief(variables.params, certain).precision)
 
-    def init_client(server, client):
-        prior = () if private is None else keep(private, server.variables)
-        return Client(vi.no_site(server.variables.params), prior)
-
-    def broadcast(server, state, client, key):
-        return server if private is None else strip(private, server.variables, server)
-
-    def received(message: Posterior, state: Client) -> Posterior:
-        """A proper posterior with the client's own part, which is its prior times its site."""
-        if private is None:
-            return message._replace(precision=jax.tree.map(lambda p: jnp.maximum(p, certain), message.precision))
-        whole = fill(state.prior, message)
-        prior = merge(state.prior, whole.variables).params
-        own = vi.times(vi.belief(prior, certain), state.site, certain)
-        part = lambda tree: keep(private, fl.Variables(tree))
-        mean = merge(part(own.mean), fl.Variables(whole.variables.params)).params
-        precision = jax.tree.map(lambda p: jnp.maximum(p, certain), whole.precision)
-        precision = merge(part(own.precision), fl.Variables(precision)).params
-        return Posterior(whole.variables._replace(params=mean), precision)
-
     def client_update(message, state, client, key, tilt=fl.identity):
-        variables, precision = received(message, state)
+        variables, precision = star.received(message, state)
         posterior = vi.Belief(variables.params, precision)
         cavity = vi.without(posterior, state.site, certain)
         objective = vi.elbo(vi.gaussian(cavity), client.size, samples=samples, kl_weight=kl_weight)
@@ -135,42 +116,24 @@ def virtual(
         run = local(start, client, key, fl.chain_tilts(tilt, objective))
         fitted, rate = run.variables.params, jnp.where(run.steps > 0, damping, 0.0)
         change = jax.tree.map(lambda new, old: rate * (new - old), vi.between(fitted, cavity), state.site)
-        shift = jax.tree.map(lambda s, q, m: s - q * m, change.shift, change.precision, variables.params)
-        upload = Change(vi.Site(shift, change.precision), fl.difference(run.variables[1], variables.model_state))
+        upload = Change(_seen_from(variables.params, change), fl.difference(run.variables[1], variables.model_state))
         plain = fl.Trained(variables, vi.at_mean(run.variables), run.steps, run.loss)
         return fl.ClientOutput(
-            upload=upload if private is None else strip(private, variables, upload),
+            upload=star.travelling(variables, upload),
             weight=jnp.where(client.size > 0, 1.0, 0.0),
             state=state._replace(site=jax.tree.map(jnp.add, state.site, change)),
             metrics={"loss": run.loss, "clipped": vi.clipped_share(fitted, cavity)},
             trained=plain,
         )
 
-    def server_update(server, aggregate, key):
-        if private is not None:
-            aggregate = fill(keep(private, server.variables), aggregate)
-        site, mean = aggregate.site, server.variables.params
-        improper = [
-            jnp.sum(p + q <= 0) for p, q in zip(*map(jax.tree.leaves, (server.precision, site[1])), strict=True)
-        ]
-        new = vi.times(vi.Belief(mean, server.precision), vi.Site(*site), certain)
-        model_state = fl.add(server.variables.model_state, aggregate.model_state)
-        count = sum(leaf.size for leaf in jax.tree.leaves(mean))
-        metrics = {"improper": jnp.float32(sum(improper)) / count}
-        return Posterior(fl.Variables(new.mean, model_state), new.precision), metrics
-
-    def personalize(message, state, client, key):
-        whole = received(message, state)
-        return whole.variables._replace(params=vi.gaussian(vi.Belief(whole.variables.params, whole.precision)))
-
     return fl.Round(
         init=init,
-        init_client=init_client,
-        broadcast=broadcast,
+        init_client=lambda server, client: star.first(server),
+        broadcast=lambda server, state, client, key: star.travelling(server.variables, server),
         client_update=client_update,
         aggregate=product_of_sites(),
-        server_update=server_update,
-        personalize=personalize,
+        server_update=lambda server, aggregate, key: star.multiplied(server, aggregate),
+        personalize=lambda message, state, client, key: star.personal(message, state),
         local=local,
         loss=model.loss,
         metrics=model.metrics,
@@ -178,6 +141,59 @@ def virtual(
         view=fl.Lens(lambda m: m.variables, lambda m, v: m._replace(variables=v)),
         traits=frozenset({"personal"} | ({"partial", "split"} if private is not None else set())),
     )
+
+
+class _Star(NamedTuple):
+    """The star-shaped network: the prior's precision ``certain``, and which leaves are ``private``, if any."""
+
+    certain: Any
+    private: Callable[[str], bool] | None
+
+    def first(self, server: Posterior) -> Client:
+        """A client that never took part."""
+        prior = () if self.private is None else keep(self.private, server.variables)
+        return Client(vi.no_site(server.variables.params), prior)
+
+    def travelling(self, variables: fl.Variables, whole: Any) -> Any:
+        """A message or an upload without what is private."""
+        return whole if self.private is None else strip(self.private, variables, whole)
+
+    def received(self, message: Posterior, state: Client) -> Posterior:
+        """A proper posterior with the client's own part, which is its prior times its site."""
+        proper = lambda precision: jax.tree.map(lambda p: jnp.maximum(p, self.certain), precision)
+        if self.private is None:
+            return message._replace(precision=proper(message.precision))
+        whole = fill(state.prior, message)
+        prior = merge(state.prior, whole.variables).params
+        own = vi.times(vi.belief(prior, self.certain), state.site, self.certain)
+        part = lambda tree: keep(self.private, fl.Variables(tree))
+        mean = merge(part(own.mean), fl.Variables(whole.variables.params)).params
+        precision = merge(part(own.precision), fl.Variables(proper(whole.precision))).params
+        return Posterior(whole.variables._replace(params=mean), precision)
+
+    def personal(self, message: Posterior, state: Client) -> fl.Variables:
+        """The posterior that a client would use, as a Gaussian over the parameters."""
+        whole = self.received(message, state)
+        return whole.variables._replace(params=vi.gaussian(vi.Belief(whole.variables.params, whole.precision)))
+
+    def multiplied(self, server: Posterior, change: Change) -> tuple[Posterior, dict[str, jax.Array]]:
+        """The posterior times what the sites changed by, and the share of precisions that weren't positive then."""
+        if self.private is not None:
+            change = fill(keep(self.private, server.variables), change)
+        site, mean = change.site, server.variables.params
+        pairs = zip(*map(jax.tree.leaves, (server.precision, site[1])), strict=True)
+        improper = [jnp.sum(p + q <= 0) for p, q in pairs]
+        new = vi.times(vi.Belief(mean, server.precision), vi.Site(*site), self.certain)
+        model_state = fl.add(server.variables.model_state, change.model_state)
+        count = sum(leaf.size for leaf in jax.tree.leaves(mean))
+        metrics = {"improper": jnp.float32(sum(improper)) / count}
+        return Posterior(fl.Variables(new.mean, model_state), new.precision), metrics
+
+
+def _seen_from(mean: Any, change: vi.Site) -> vi.Site:
+    """A site's change with its shift as seen from a mean, instead of zero."""
+    shift = jax.tree.map(lambda s, q, m: s - q * m, change.shift, change.precision, mean)
+    return vi.Site(shift, change.precision)
 
 
 def product_of_sites() -> fl.Aggregator:
