@@ -15,18 +15,15 @@ Deviations: coordinates are taken in random order without repeats, instead of dr
 equation 5 for all clients, computed, instead of the bound of lemma 9.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 import fedjax_lab as fl
 from algorithms import mocha_couplings
 from algorithms.mocha_couplings import Coupling
-from algorithms.mocha_losses import DualLoss, excess, named
+from algorithms.mocha_losses import DualLoss, examples, excess, features, linear_model, named
 
 
 class MochaState(NamedTuple):
@@ -120,34 +117,18 @@ def mocha(
     """
     dual = named(loss)
     coupling = _coupling(coupling)
-    if epochs is not None and steps is not None:
-        raise ValueError("give epochs= or steps=, not both")
-    work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
-    fl.checks.positive(work, unit, integer=True)
+    work, unit = _work(epochs, steps)
     fl.checks.positive(omega_every, "omega_every", integer=True)
     if sigma_prime is not None:
         fl.checks.positive(sigma_prime, "sigma_prime")
-
-    def measured(omega):
-        covariance = jnp.asarray(coupling.covariance(omega), jnp.float32)
-        sigma = mocha_couplings.safe_sigma(covariance) if sigma_prime is None else sigma_prime
-        return jnp.asarray(omega, jnp.float32), covariance, jnp.asarray(sigma, jnp.float32)
+    relations = _Relations(coupling, sigma_prime, omega_every)
 
     def init(key, data, params=None):
         if params is not None:
             raise ValueError("mocha() takes no initial parameters: its dual variables, and so its models, begin at 0")
-        width = _check(data, dual, bias)
-        rows = jnp.zeros((data.num_clients, width), jnp.float32)
-        omega, covariance, sigma = measured(coupling.start(data.num_clients))
-        slots = jnp.zeros((max(data.max_size, 1), 0), jnp.float32)
-        members = jnp.sum(jnp.asarray(data.sizes) > 0).astype(jnp.float32)
-        return MochaState(rows, rows, omega, covariance, sigma, jnp.int32(0), members, slots)
-
-    def broadcast(server, state, client, key):
-        tasks = len(server.w)
-        k = jnp.clip(client.id, 0, tasks - 1)
-        known = (client.id >= 0) & (client.id < tasks)  # whoever isn't gets the tasks' mean
-        return MochaMessage(jnp.where(known, server.w[k], server.w.mean(0)), server.sigma * server.covariance[k, k])
+        rows = jnp.zeros((data.num_clients, features(data, dual, bias)), jnp.float32)
+        relation = relations.measured(coupling.start(data.num_clients))
+        return MochaState(rows, rows, *relation, jnp.int32(0), *_members(data))
 
     def client_update(message, state, client, key, tilt=fl.identity):
         if tilt is not fl.identity:
@@ -158,8 +139,7 @@ def mocha(
         amount = work(client, jax.random.fold_in(key, 1)) if callable(work) else work
         new, delta_v = _ascend(dual, bias, message, state, client, key, {unit: amount})
         sums = _examined(dual, bias, message, state, new, delta_v, client)
-        gained = jnp.maximum(sums.gained - 0.5 * message.curvature * jnp.sum(delta_v**2), 0)
-        theta = jnp.where(sums.left > 0, sums.left / (sums.left + gained), 0)
+        theta = _theta(sums, message, delta_v)
         return fl.ClientOutput(
             upload=MochaUpload(delta_v, sums.gap, theta),
             weight=fl.client_weight("uniform", client),
@@ -167,32 +147,22 @@ def mocha(
             metrics={"loss": sums.loss / jnp.maximum(client.size, 1), "theta": theta},
         )
 
-    def reduce(uploads, weights, ok, messages, env):
-        gap = jnp.sum(uploads.gap) / jnp.maximum(jnp.sum(ok), 1)
-        return jnp.where(ok, env.ids, env.population), uploads, gap
-
     def server_update(server, aggregate, key):
         ids, uploads, gap = aggregate
         v = server.v.at[ids].add(uploads.delta_v, mode="drop")
         thetas = jnp.ones(len(v), jnp.float32).at[ids].set(uploads.theta, mode="drop")
-        w = _models(server.covariance, v)
-        relation = (server.omega, server.covariance, server.sigma)
-        if coupling.learn is not None:
-            learn, now = coupling.learn, (server.round + 1) % omega_every == 0
-            relation = jax.lax.cond(now, lambda: measured(learn(w)), lambda: relation)
-            w = _models(relation[1], v)
-        omega, covariance, sigma = relation
-        new = MochaState(v, w, omega, covariance, sigma, server.round + 1, server.members, server.slots)
+        w, relation = relations.learned(server, v)
+        new = MochaState(v, w, *relation, server.round + 1, server.members, server.slots)
         return new, {"duality_gap": server.members * gap, "thetas": thetas}
 
-    losses, metrics = _primal(dual, bias)
+    losses, metrics = linear_model(dual, bias)
     own = lambda w: fl.Variables({"w": w})
     return fl.Round(
         init=init,
         init_client=lambda server, client: jnp.zeros(len(server.slots), jnp.float32),
-        broadcast=broadcast,
+        broadcast=lambda server, state, client, key: _message(server, client),
         client_update=client_update,
-        aggregate=fl.Aggregator(lambda upload, weight, message, env: (upload, ()), lambda sums, env: sums[0], reduce),
+        aggregate=_uploads_by_client(),
         server_update=server_update,
         personalize=lambda message, state, client, key: own(message.w),
         loss=losses,
@@ -214,20 +184,51 @@ def _coupling(given: Coupling | None) -> Coupling:
     return given
 
 
-def _primal(dual: DualLoss, bias: bool) -> tuple[Callable, Callable]:
-    """Per-example losses and metrics of a linear model, as a :class:`fedjax_lab.Model` has them."""
+def _work(epochs: fl.Work | None, steps: fl.Work | None) -> tuple[fl.Work, str]:
+    """A round's work and the unit that it is counted in. Raises ValueError for both, or what isn't positive."""
+    if epochs is not None and steps is not None:
+        raise ValueError("give epochs= or steps=, not both")
+    work, unit = (steps, "steps") if steps is not None else (1 if epochs is None else epochs, "epochs")
+    fl.checks.positive(work, unit, integer=True)
+    return work, unit
 
-    def losses(params, model_state, batch, mask, key, train):
-        x, y = _examples(batch, bias)
-        return dual.loss(x @ params["w"], y), model_state
 
-    def metrics(params, model_state, batch):
-        x, y = _examples(batch, bias)
-        u = x @ params["w"]
-        more = {"accuracy": (jnp.where(u > 0, 1, -1) == y).astype(jnp.float32)} if dual.signs else {}
-        return {"loss": dual.loss(u, y), **more}
+def _members(data: Any) -> tuple[jax.Array, jax.Array]:
+    """How many clients have examples, and the slots of the largest one."""
+    slots = jnp.zeros((max(data.max_size, 1), 0), jnp.float32)
+    return jnp.sum(jnp.asarray(data.sizes) > 0).astype(jnp.float32), slots
 
-    return losses, metrics
+
+class _Relations(NamedTuple):
+    """The ``coupling``, learned anew after ``every`` rounds, and the ``sigma_prime`` that was given, if any."""
+
+    coupling: Coupling
+    sigma_prime: Any
+    every: int
+
+    def measured(self, omega: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Omega with its M and sigma'."""
+        covariance = jnp.asarray(self.coupling.covariance(omega), jnp.float32)
+        sigma = mocha_couplings.safe_sigma(covariance) if self.sigma_prime is None else self.sigma_prime
+        return jnp.asarray(omega, jnp.float32), covariance, jnp.asarray(sigma, jnp.float32)
+
+    def learned(self, server: MochaState, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        """Lines 9 to 11: the models, and Omega, M and sigma', learned from them if it is time."""
+        w = _models(server.covariance, v)
+        relation = (server.omega, server.covariance, server.sigma)
+        if self.coupling.learn is None:
+            return w, relation
+        learn, now = self.coupling.learn, (server.round + 1) % self.every == 0
+        relation = jax.lax.cond(now, lambda: self.measured(learn(w)), lambda: relation)
+        return _models(relation[1], v), relation
+
+
+def _message(server: MochaState, client: Any) -> MochaMessage:
+    """The client's own model; the tasks' mean for a client that isn't known."""
+    tasks = len(server.w)
+    k = jnp.clip(client.id, 0, tasks - 1)
+    known = (client.id >= 0) & (client.id < tasks)
+    return MochaMessage(jnp.where(known, server.w[k], server.w.mean(0)), server.sigma * server.covariance[k, k])
 
 
 def _ascend(dual: DualLoss, bias: bool, message, alpha, client, key, work) -> tuple[jax.Array, jax.Array]:
@@ -235,7 +236,7 @@ def _ascend(dual: DualLoss, bias: bool, message, alpha, client, key, work) -> tu
 
     def step(carry, batch, mask, positions, key):
         alpha, delta_v = carry
-        (x,), (y,) = _examples(batch, bias)
+        (x,), (y,) = examples(batch, bias)
         at, score = positions[0], x @ (message.w + message.curvature * delta_v)
         new = jnp.where(mask[0], dual.step(alpha[at], y, score, message.curvature * (x @ x)), alpha[at])
         return alpha.at[at].set(new), delta_v + (new - alpha[at]) * x
@@ -248,7 +249,7 @@ def _examined(dual: DualLoss, bias: bool, message, alpha, new, delta_v, client) 
     primal = message.w + message.curvature * delta_v  # the model that the subproblem's dual variables stand for
 
     def add(sums, batch, mask, positions, key):
-        x, y = _examples(batch, bias)
+        x, y = examples(batch, bias)
         old, now, u = alpha[positions], new[positions], x @ message.w
         before, left = excess(dual, old, y, u), excess(dual, now, y, x @ primal)
         gained = dual.conjugate(old, y) - dual.conjugate(now, y) + (old - now) * u
@@ -258,11 +259,20 @@ def _examined(dual: DualLoss, bias: bool, message, alpha, new, delta_v, client) 
     return client.fold(add, Solved(*[jnp.float32(0)] * 4))
 
 
-def _examples(batch: Any, bias: bool) -> tuple[jax.Array, jax.Array]:
-    """Features ``float32[n, features]`` and targets ``float32[n]``."""
-    x, y = jnp.asarray(batch["x"]), jnp.asarray(batch["y"]).astype(jnp.float32)
-    x = x.reshape(x.shape[0], -1).astype(jnp.float32)
-    return (jnp.concatenate([x, jnp.ones((len(x), 1), jnp.float32)], 1) if bias else x), y
+def _theta(sums: Solved, message: MochaMessage, delta_v: jax.Array) -> jax.Array:
+    """An upper bound of the paper's theta, from the subproblem's duality gap."""
+    gained = jnp.maximum(sums.gained - 0.5 * message.curvature * jnp.sum(delta_v**2), 0)
+    return jnp.where(sums.left > 0, sums.left / (sums.left + gained), 0)
+
+
+def _uploads_by_client() -> fl.Aggregator:
+    """Whose the uploads are, the uploads as they are, and the mean of the survivors' gaps."""
+
+    def reduce(uploads, weights, ok, messages, env):
+        gap = jnp.sum(uploads.gap) / jnp.maximum(jnp.sum(ok), 1)
+        return jnp.where(ok, env.ids, env.population), uploads, gap
+
+    return fl.Aggregator(lambda upload, weight, message, env: (upload, ()), lambda sums, env: sums[0], reduce)
 
 
 def _models(covariance: jax.Array, v: jax.Array) -> jax.Array:
@@ -272,26 +282,3 @@ def _models(covariance: jax.Array, v: jax.Array) -> jax.Array:
 
 def _unchangeable(server, variables):
     raise ValueError("mocha()'s models follow from its dual variables and can't be replaced")
-
-
-def _check(data: Any, dual: DualLoss, bias: bool) -> int:
-    """The number of features. Raises ValueError for data that aren't features and targets."""
-    arrays = data.arrays
-    if not isinstance(arrays, dict) or not {"x", "y"} <= set(arrays):
-        fields = sorted(arrays) if isinstance(arrays, dict) else "none with names"
-        raise ValueError(f'mocha() reads features "x" and targets "y"; the data have the fields {fields}')
-    x, y = arrays["x"], arrays["y"]
-    if y.ndim != 1:
-        raise ValueError(f'mocha() needs one target for each example, "y" of shape [examples]; got {list(y.shape)}')
-    if dual.signs and not isinstance(y, Tracer):
-        targets = np.asarray(y)[data.rows_of()]
-        wrong = np.flatnonzero(~np.isin(targets, (-1, 1)))
-        if len(wrong):
-            ends = np.cumsum(data.sizes)
-            k = int(np.searchsorted(ends, wrong[0], side="right"))
-            row = int(wrong[0] - ends[k] + np.asarray(data.sizes)[k])
-            raise ValueError(
-                f"the hinge and logistic losses need targets -1 and 1; client {data.ids[k]!r} has {targets[wrong[0]]} "
-                f'(field "y", row {row}). Of classes 0 and 1, give 2 * y - 1'
-            )
-    return int(np.prod(x.shape[1:], dtype=np.int64)) + bool(bias)

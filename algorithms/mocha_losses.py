@@ -1,14 +1,16 @@
-"""The convex losses of MOCHA, with what stochastic dual coordinate ascent needs of them.
+"""The convex losses of MOCHA, with what stochastic dual coordinate ascent needs of them and of the data.
 
 Shalev-Shwartz and Zhang, "Stochastic Dual Coordinate Ascent Methods for Regularized Loss Minimization", JMLR 2013,
 section 6; signs as in Smith et al. 2017, equation 3, where a loss enters the dual as ``conjugate(-alpha)``.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.scipy.special import entr
 
 import fedjax_lab as fl
@@ -95,3 +97,49 @@ def named(loss: str) -> DualLoss:
         near = fl.checks.nearest(str(loss), LOSSES)
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}; got {loss!r}{near}")
     return LOSSES[loss]()
+
+
+def linear_model(dual: DualLoss, bias: bool) -> tuple[Callable, Callable]:
+    """Per-example losses and metrics of a linear model, as a :class:`fedjax_lab.Model` has them."""
+
+    def losses(params, model_state, batch, mask, key, train):
+        x, y = examples(batch, bias)
+        return dual.loss(x @ params["w"], y), model_state
+
+    def metrics(params, model_state, batch):
+        x, y = examples(batch, bias)
+        u = x @ params["w"]
+        more = {"accuracy": (jnp.where(u > 0, 1, -1) == y).astype(jnp.float32)} if dual.signs else {}
+        return {"loss": dual.loss(u, y), **more}
+
+    return losses, metrics
+
+
+def examples(batch: Any, bias: bool) -> tuple[jax.Array, jax.Array]:
+    """Features ``float32[n, features]`` and targets ``float32[n]``."""
+    x, y = jnp.asarray(batch["x"]), jnp.asarray(batch["y"]).astype(jnp.float32)
+    x = x.reshape(x.shape[0], -1).astype(jnp.float32)
+    return (jnp.concatenate([x, jnp.ones((len(x), 1), jnp.float32)], 1) if bias else x), y
+
+
+def features(data: Any, dual: DualLoss, bias: bool) -> int:
+    """How many features the data have. Raises ValueError for data that aren't features and targets."""
+    arrays = data.arrays
+    if not isinstance(arrays, dict) or not {"x", "y"} <= set(arrays):
+        fields = sorted(arrays) if isinstance(arrays, dict) else "none with names"
+        raise ValueError(f'mocha() reads features "x" and targets "y"; the data have the fields {fields}')
+    x, y = arrays["x"], arrays["y"]
+    if y.ndim != 1:
+        raise ValueError(f'mocha() needs one target for each example, "y" of shape [examples]; got {list(y.shape)}')
+    if dual.signs and not isinstance(y, Tracer):
+        targets = np.asarray(y)[data.rows_of()]
+        wrong = np.flatnonzero(~np.isin(targets, (-1, 1)))
+        if len(wrong):
+            ends = np.cumsum(data.sizes)
+            k = int(np.searchsorted(ends, wrong[0], side="right"))
+            row = int(wrong[0] - ends[k] + np.asarray(data.sizes)[k])
+            raise ValueError(
+                f"the hinge and logistic losses need targets -1 and 1; client {data.ids[k]!r} has {targets[wrong[0]]} "
+                f'(field "y", row {row}). Of classes 0 and 1, give 2 * y - 1'
+            )
+    return int(np.prod(x.shape[1:], dtype=np.int64)) + bool(bias)
