@@ -8,11 +8,11 @@ from fedjax_lab.transforms.coupling import coupling, in_clusters
 from fedjax_lab.transforms.fedpara import fedpara, personal_factors
 from fedjax_lab.transforms.gradient_rounds import gradient_rounds, idle_in_even_rounds
 from fedjax_lab.transforms.hypernetwork import hypernetwork
-from fedjax_lab.transforms.hypernetworks import Hypernetwork, perceptron
 from fedjax_lab.transforms.knn import nearest_neighbours
 from fedjax_lab.transforms.local_gradients import local_gradients
 from fedjax_lab.transforms.meta import meta_sgd, per_fedavg, reptile, with_rates
 from fedjax_lab.transforms.mixture import Components, mixture, with_components
+from fedjax_lab.transforms.parameter_networks import Hypernetwork, perceptron
 from fedjax_lab.transforms.partial_averaging import partial_averaging, periods
 from fedjax_lab.transforms.personal import fine_tuning, personal_model
 from fedjax_lab.transforms.pfedme import moreau, pfedme

@@ -14,7 +14,7 @@ from fedjax_lab.models.base import Variables, add
 from fedjax_lab.nesting import nested
 from fedjax_lab.round import Aggregator, Lens, Round, Transform, identity
 from fedjax_lab.transforms import memories
-from fedjax_lab.transforms.hypernetworks import Hypernetwork, as_network, fits, shaped
+from fedjax_lab.transforms.parameter_networks import Hypernetwork, as_network, fits, shaped
 
 PyTree = Any
 
