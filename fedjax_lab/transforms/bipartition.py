@@ -71,3 +71,27 @@ def bipartition(
     across = together & (second[:, None] != second[None, :])
     most = jnp.max(jnp.where(across, similarity, -jnp.inf), axis=1)
     return second, jnp.full(count, -jnp.inf).at[seat].max(jnp.where(taking, most, -jnp.inf))
+
+
+def per_cluster(values: jax.Array, cluster: jax.Array, slots: int) -> jax.Array:
+    """Sums over each cluster's members, ``[n, ...] -> [slots, ...]``."""
+    return jnp.zeros((slots, *values.shape[1:]), values.dtype).at[cluster].add(values, mode="drop")
+
+
+def lengths(updates: jax.Array, weights: jax.Array, cluster: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
+    """The length of each cluster's mean update and of its longest one, ``float32[slots]``; 0 for an empty one."""
+    total = per_cluster(weights, cluster, slots)
+    mean = per_cluster(updates * weights[:, None], cluster, slots) / jnp.where(total > 0, total, 1)[:, None]
+    longest = jnp.zeros(slots).at[cluster].max(jnp.linalg.norm(updates, axis=1), mode="drop")
+    return jnp.linalg.norm(mean, axis=1), longest
+
+
+def halves(updates: jax.Array, cluster: jax.Array, second: jax.Array, slots: int) -> jax.Array:
+    """The mean direction of the updates of each cluster's halves, ``float32[slots, 2, d]``."""
+
+    def mean(half):
+        own = jnp.where(half, cluster, slots)
+        total = per_cluster(directions(updates), own, slots)
+        return total / jnp.maximum(per_cluster(jnp.ones(len(own)), own, slots), 1)[:, None]
+
+    return jnp.stack([mean(~second), mean(second)], axis=1)

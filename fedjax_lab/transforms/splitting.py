@@ -11,7 +11,7 @@ from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import first_turn
 from fedjax_lab.round import Aggregator, Env, Round, Transform, through
 from fedjax_lab.transforms import memories, split_tree, stacked
-from fedjax_lab.transforms.bipartition import LINKAGES, bipartition, cosines, directions
+from fedjax_lab.transforms.bipartition import LINKAGES, bipartition, cosines, halves, lengths, per_cluster
 from fedjax_lab.transforms.split_tree import Places, Tree
 from fedjax_lab.turn import select
 
@@ -129,20 +129,8 @@ def split_clusters(
       ValueError: fewer than 1 cluster; eps that aren't positive, or ``eps1 >= eps2``; a ``gamma_max`` outside 0..1;
         another linkage; a Round that trains no model, has several, sees every upload already, or encodes them.
     """
-    checks.positive(max_clusters, "max_clusters", integer=True)
-    for value, name in ((eps1, "eps1"), (eps2, "eps2")):
-        checks.positive(value, name)
-    if not isinstance(eps1, Tracer) and not isinstance(eps2, Tracer) and eps1 >= eps2:
-        raise ValueError(
-            f"eps1 must be below eps2, as a mean is no longer than the longest update; got {eps1} and {eps2}"
-        )
-    checks.probability(gamma_max, "gamma_max")
-    checks.not_negative(min_rounds, "min_rounds", integer=True)
-    if linkage not in LINKAGES:
-        near = checks.nearest(str(linkage), LINKAGES)
-        raise ValueError(f"linkage must be one of {LINKAGES}; got {checks.shown(linkage)}{near}")
-    slots = int(max_clusters)
-    rule = Rule(slots, eps1, eps2, gamma_max, min_rounds, linkage)
+    rule = _checked(Rule(max_clusters, eps1, eps2, gamma_max, min_rounds, linkage))
+    slots = rule.slots
 
     def transform(round: Round) -> Round:
         _check(round)
@@ -180,33 +168,6 @@ def split_clusters(
             lifted, updates = jax.vmap(one)(uploads, weights, ok, messages)
             return Collected(lifted, updates, weights, ok, env)
 
-        def server_update(server, collected, key):
-            env, ok, updates = collected.env, collected.ok, collected.updates
-            here = jax.tree.map(lambda x: x.at[env.ids].get(mode="fill", fill_value=0), server.places)
-            find = lambda places: split_tree.where(server.tree, places, server.count)
-            member, asked, division = jax.vmap(find)(here)
-            chosen = split_tree.choose(server.tree, here, member, division, updates)
-            # Whoever is asked about an old division, or didn't answer, moves no cluster.
-            cluster = jnp.where(ok & ~asked, member, slots)
-            second, divided, number, found = _divisions(rule, server, collected, cluster)
-            seat = jnp.clip(cluster, 0, slots - 1)
-            taking = divided[seat] & (cluster < slots)
-            moved = second & taking
-            after = jnp.where(moved, number[seat], cluster)
-            tree = split_tree.grown(
-                server.tree, server.models, _halves(updates, cluster, second, slots), divided, number
-            )
-            models = _grown(server.models, divided, number, slots)
-            models, metrics = _served(round, models, collected, after, key, slots)
-            stay = Places(member, here.parent, jnp.where(taking, number[seat], here.passed))
-            moves = Places(after, member, number[seat])
-            placed = jax.vmap(select)(moved, moves, jax.vmap(select)(asked, chosen, stay))
-            rows = jnp.where(ok & (asked | taking), env.ids, server.cluster.shape[0])
-            places = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), server.places, placed)
-            count = server.count + jnp.sum(divided)
-            metrics |= {"clusters": count.astype(jnp.float32)} | found
-            return SplitServer(models, tree, places, count, server.round + 1), metrics
-
         inside = lambda server: stacked.pick(server.models, 0)
         put = lambda server, part: server._replace(models=stacked.replaced(server.models, 0, part))
         return round._replace(
@@ -214,7 +175,7 @@ def split_clusters(
             init_client=lambda server, client: round.init_client(own(server, client), client),
             broadcast=lambda server, state, client, key: round.broadcast(own(server, client), state, client, key),
             aggregate=Aggregator(inner.lift, inner.finish, reduce),
-            server_update=server_update,
+            server_update=lambda server, collected, key: _step(rule, round, server, collected, key),
             model=model and through(inside, put, model),
             traits=round.traits | {"many_models", "personal"},
         )
@@ -230,6 +191,23 @@ def flat_update(aggregate: PyTree) -> jax.Array:
     return jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
 
 
+def _checked(rule: Rule) -> Rule:
+    """The rule if it makes sense, with its number of slots as an ``int``."""
+    checks.positive(rule.slots, "max_clusters", integer=True)
+    for value, name in ((rule.eps1, "eps1"), (rule.eps2, "eps2")):
+        checks.positive(value, name)
+    if not isinstance(rule.eps1, Tracer) and not isinstance(rule.eps2, Tracer) and rule.eps1 >= rule.eps2:
+        raise ValueError(
+            f"eps1 must be below eps2, as a mean is no longer than the longest update; got {rule.eps1} and {rule.eps2}"
+        )
+    checks.probability(rule.gamma_max, "gamma_max")
+    checks.not_negative(rule.min_rounds, "min_rounds", integer=True)
+    if rule.linkage not in LINKAGES:
+        near = checks.nearest(str(rule.linkage), LINKAGES)
+        raise ValueError(f"linkage must be one of {LINKAGES}; got {checks.shown(rule.linkage)}{near}")
+    return rule._replace(slots=int(rule.slots))
+
+
 def _check(round: Round) -> None:
     if round.model is None or round.view is None or round.personalize is None:
         raise ValueError("split_clusters() trains a model for each cluster, but this Round trains none")
@@ -242,42 +220,45 @@ def _check(round: Round) -> None:
         raise ValueError("split_clusters() needs an aggregator that adds up, and this Round's sees every upload itself")
 
 
+def _step(rule: Rule, round: Round, server: SplitServer, collected: Collected, key: jax.Array):
+    """The server after a round, and its metrics: clusters divide, each model moves, clients go where they belong."""
+    slots, env, ok, updates = rule.slots, collected.env, collected.ok, collected.updates
+    here = jax.tree.map(lambda x: x.at[env.ids].get(mode="fill", fill_value=0), server.places)
+    find = lambda places: split_tree.where(server.tree, places, server.count)
+    member, asked, division = jax.vmap(find)(here)
+    chosen = split_tree.choose(server.tree, here, member, division, updates)
+    # Whoever is asked about an old division, or didn't answer, moves no cluster.
+    cluster = jnp.where(ok & ~asked, member, slots)
+    second, divided, number, found = _divisions(rule, server, collected, cluster)
+    seat = jnp.clip(cluster, 0, slots - 1)
+    taking = divided[seat] & (cluster < slots)
+    moved = second & taking
+    after = jnp.where(moved, number[seat], cluster)
+    tree = split_tree.grown(server.tree, server.models, halves(updates, cluster, second, slots), divided, number)
+    models = _grown(server.models, divided, number, slots)
+    models, metrics = _served(round, models, collected, after, key, slots)
+    stay = Places(member, here.parent, jnp.where(taking, number[seat], here.passed))
+    moves = Places(after, member, number[seat])
+    placed = jax.vmap(select)(moved, moves, jax.vmap(select)(asked, chosen, stay))
+    rows = jnp.where(ok & (asked | taking), env.ids, server.cluster.shape[0])
+    places = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), server.places, placed)
+    count = server.count + jnp.sum(divided)
+    metrics |= {"clusters": count.astype(jnp.float32)} | found
+    return SplitServer(models, tree, places, count, server.round + 1), metrics
+
+
 def _divisions(rule: Rule, server: SplitServer, collected: Collected, cluster: jax.Array) -> Divisions:
     """The clusters, by number ``int32[cohort]``, that have settled where it doesn't suit their members."""
     slots, updates = rule.slots, collected.updates
-    means, lengths = _lengths(updates, collected.weights, cluster, slots)
-    members = _per_cluster(collected.ok.astype(jnp.int32), cluster, slots)
-    settled = (means < rule.eps1) & (lengths > rule.eps2) & (members > 2) & (server.round >= rule.min_rounds)
+    means, longest = lengths(updates, collected.weights, cluster, slots)
+    members = per_cluster(collected.ok.astype(jnp.int32), cluster, slots)
+    settled = (means < rule.eps1) & (longest > rule.eps2) & (members > 2) & (server.round >= rule.min_rounds)
     second, between = bipartition(cosines(updates), cluster, settled & (server.count < slots), rule.linkage)
     settled = settled & (rule.gamma_max < jnp.sqrt(jnp.maximum(1 - between, 0) / 2)) & (between > -jnp.inf)
     # New clusters get the next numbers, as far as there are any.
     number = server.count + jnp.cumsum(settled) - 1
-    metrics = {"largest_mean_update": jnp.max(means), "longest_update": jnp.max(lengths)}
+    metrics = {"largest_mean_update": jnp.max(means), "longest_update": jnp.max(longest)}
     return Divisions(second, settled & (number < slots), number, metrics)
-
-
-def _per_cluster(values: jax.Array, cluster: jax.Array, slots: int) -> jax.Array:
-    """Sums over each cluster's members, ``[n, ...] -> [slots, ...]``."""
-    return jnp.zeros((slots, *values.shape[1:]), values.dtype).at[cluster].add(values, mode="drop")
-
-
-def _lengths(updates: jax.Array, weights: jax.Array, cluster: jax.Array, slots: int) -> tuple[jax.Array, jax.Array]:
-    """The length of each cluster's mean update and of its longest one, ``float32[slots]``; 0 for an empty one."""
-    total = _per_cluster(weights, cluster, slots)
-    mean = _per_cluster(updates * weights[:, None], cluster, slots) / jnp.where(total > 0, total, 1)[:, None]
-    longest = jnp.zeros(slots).at[cluster].max(jnp.linalg.norm(updates, axis=1), mode="drop")
-    return jnp.linalg.norm(mean, axis=1), longest
-
-
-def _halves(updates: jax.Array, cluster: jax.Array, second: jax.Array, slots: int) -> jax.Array:
-    """The mean direction of the updates of each cluster's halves, ``float32[slots, 2, d]``."""
-
-    def mean(half):
-        own = jnp.where(half, cluster, slots)
-        total = _per_cluster(directions(updates), own, slots)
-        return total / jnp.maximum(_per_cluster(jnp.ones(len(own)), own, slots), 1)[:, None]
-
-    return jnp.stack([mean(~second), mean(second)], axis=1)
 
 
 def _grown(models: PyTree, divided: jax.Array, number: jax.Array, slots: int) -> PyTree:
@@ -289,8 +270,8 @@ def _grown(models: PyTree, divided: jax.Array, number: jax.Array, slots: int) ->
 def _served(round: Round, models: PyTree, collected: Collected, cluster: jax.Array, key, slots: int):
     """The inner server's step in every cluster that somebody of it survived, and its metrics' means over them."""
     env = collected.env
-    counts = _per_cluster(collected.ok.astype(jnp.float32), cluster, slots)
-    value, below = jax.tree.map(lambda x: _per_cluster(x, cluster, slots), collected.lifted)
+    counts = per_cluster(collected.ok.astype(jnp.float32), cluster, slots)
+    value, below = jax.tree.map(lambda x: per_cluster(x, cluster, slots), collected.lifted)
 
     def one(server, value, below, survivors, key):
         aggregate = round.aggregate.finish((value, below), env._replace(survivors=survivors))
