@@ -11,7 +11,7 @@ from fedjax_lab import checks
 from fedjax_lab.aggregators import within
 from fedjax_lab.models.base import Variables
 from fedjax_lab.nesting import nested
-from fedjax_lab.round import Lens, Round, Sent, Transform, chain_tilts, identity, marked, nbytes, projection
+from fedjax_lab.round import Lens, Round, Sent, Tilt, Transform, chain_tilts, identity, marked, nbytes, projection
 from fedjax_lab.transforms.submodels import restricted
 
 PyTree = Any
@@ -39,6 +39,32 @@ class PruningClient(NamedTuple):
 
     version: jax.Array
     inner: Any
+
+
+class Rule(NamedTuple):
+    """What is pruned when: the arguments of :func:`pruning`."""
+
+    sparsity: Any
+    start: int
+    end: int
+    every: int
+    predicate: Callable[[str], bool] | None
+
+    def share(self, t: jax.Array) -> jax.Array:
+        """The share that is gone after round ``t`` (Zhu and Gupta, equation 1)."""
+        if self.end == self.start:
+            return jnp.float32(self.sparsity)
+        return self.sparsity * (1 - (1 - jnp.clip((t - self.start) / (self.end - self.start), 0, 1)) ** 3)
+
+    def prunable(self, variables: Variables) -> Variables:
+        """``True`` for the leaves that may be pruned."""
+
+        def one(path, leaf):
+            name, predicate = checks.path_name(path), self.predicate
+            chosen = kernels(name, leaf.shape) if predicate is None else name.startswith("params") and predicate(name)
+            return bool(chosen) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+        return jax.tree_util.tree_map_with_path(one, variables)
 
 
 def kernels(path: str, shape: tuple[int, ...]) -> bool:
@@ -79,28 +105,18 @@ def pruning(
         uploads are encoded; when the process is built, if there is nothing to prune.
     """
     _check(sparsity, start, end, every)
+    rule = Rule(sparsity, start, end, every, predicate)
 
     def transform(round: Round) -> Round:
         _check_round(round)
         if isinstance(sparsity, int | float) and sparsity == 0:
             return round
         model, view = round.model, round.view
-        prunable = lambda variables: _prunable(variables, predicate)
-
-        def masked(kept, like, tree):
-            """Zeros for what was pruned, in every part that is shaped as the model; and the mask of the parameters."""
-            mask = _unpacked(kept, like, prunable(like))
-            return _over(like, lambda x, m: x if m is None else jnp.where(m, x, jnp.zeros_like(x)), mask, tree), mask
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
-            size = sum(leaf.size for leaf in _chosen(model.get(server), prunable(model.get(server))))
-            if not size:
-                names = [name for name, _ in checks.named_leaves(model.get(server))]
-                raise ValueError(
-                    f"pruning() finds nothing to prune: predicate= names none of the parameters in {names}"
-                )
-            return PruningServer(server, _packed(jnp.ones(size, bool)), jnp.int32(0), jnp.int32(0))
+            everything = _packed(jnp.ones(_room(rule, model.get(server)), bool))
+            return PruningServer(server, everything, jnp.int32(0), jnp.int32(0))
 
         def init_client(server, client):
             return PruningClient(jnp.int32(0), round.init_client(server.inner, client))
@@ -108,7 +124,7 @@ def pruning(
         def broadcast(server, state, client, key):
             inner = round.broadcast(server.inner, state.inner, client, key)
             like = model.get(server.inner)
-            inner, mask = masked(server.kept, like, inner)
+            inner, mask = _masked(rule, server.kept, like, inner)
             size = _kept_bytes(like, mask, inner) + 4
             size = size + jnp.where(state.version == server.version, 0, server.kept.size).astype(jnp.uint32)
             return Sent(PrunedMessage(inner, server.kept, server.version), size)
@@ -116,45 +132,20 @@ def pruning(
         def client_update(message, state, client, key, tilt=identity):
             sent = message.content
             like = view.get(sent.inner)
-            mask = _unpacked(sent.kept, like, prunable(like))
-            whole = jax.tree.map(lambda x, m: jnp.ones_like(x, bool) if m is None else m, like.params, mask.params)
-            only = restricted(whole)
+            only = _to_kept(rule, sent.kept, like)
             out = round.client_update(
                 sent.inner, state.inner, client, key, tilt=chain_tilts(only, tilt, projection(only))
             )
-            upload, mask = masked(sent.kept, like, out.upload)
+            upload, mask = _masked(rule, sent.kept, like, out.upload)
             return out._replace(
                 upload=upload,
                 state=PruningClient(sent.version, out.state),
                 bytes_up=_kept_bytes(like, mask, upload, out.parts),
             )
 
-        def server_update(server, aggregate, key):
-            inner, metrics = round.server_update(server.inner, aggregate, key)
-            variables = model.get(inner)
-            inner = model.set(inner, masked(server.kept, variables, variables)[0])
-            t = server.rounds
-            due = (t >= start) & (t <= end) & ((t - start) % every == 0)
-            share = _share(t, sparsity, start, end)
-
-            def prune(inner):
-                variables = model.get(inner)
-                kept = _largest(_chosen(variables, prunable(variables)), server.kept, share)
-                return model.set(inner, masked(kept, variables, variables)[0]), kept
-
-            inner, kept = jax.lax.cond(due, prune, lambda inner: (inner, server.kept), inner)
-            changed = jnp.any(kept != server.kept)
-            left = jnp.sum(jax.lax.population_count(kept).astype(jnp.int32))
-            total = sum(leaf.size for leaf in _chosen(variables, prunable(variables)))
-            new = PruningServer(inner, kept, server.version + changed, t + 1)
-            return new, metrics | {"sparsity": 1 - left / total}
-
         unwrap = lambda message: message.content.inner
         put = lambda message, part: Sent(message.content._replace(inner=part), message.length)
-        own: dict[str, Any] = {}
         personal = round.personalize
-        if personal is not None:
-            own["personalize"] = lambda m, state, client, key: personal(unwrap(m), state.inner, client, key)
         return nested(
             round,
             message=False,
@@ -164,31 +155,45 @@ def pruning(
             broadcast=broadcast,
             client_update=client_update,
             aggregate=within(round.aggregate, unwrap),
-            server_update=server_update,
+            server_update=lambda server, aggregate, key: _step(rule, round, server, aggregate, key),
+            personalize=personal and (lambda m, s, client, key: personal(unwrap(m), s.inner, client, key)),
             view=Lens(lambda m: view.get(unwrap(m)), lambda m, variables: put(m, view.set(unwrap(m), variables))),
             traits=round.traits | {"pruned"},
-            **own,
         )
 
     return transform
 
 
-def _share(t: jax.Array, sparsity: Any, start: int, end: int) -> jax.Array:
-    """The share that is gone after round ``t`` (Zhu and Gupta, equation 1)."""
-    if end == start:
-        return jnp.float32(sparsity)
-    return sparsity * (1 - (1 - jnp.clip((t - start) / (end - start), 0, 1)) ** 3)
+def _room(rule: Rule, variables: Variables) -> int:
+    """How many entries may be pruned. Raises ValueError if there are none."""
+    size = sum(leaf.size for leaf in _chosen(variables, rule.prunable(variables)))
+    if not size:
+        names = [name for name, _ in checks.named_leaves(variables)]
+        raise ValueError(f"pruning() finds nothing to prune: predicate= names none of the parameters in {names}")
+    return size
 
 
-def _prunable(variables: Variables, predicate: Callable[[str], bool] | None) -> Variables:
-    """``True`` for the leaves that may be pruned."""
+def _step(rule: Rule, round: Round, server: PruningServer, aggregate: PyTree, key: jax.Array):
+    """The server after a round, and its metrics: the inner one's step, and a pruning of its model where one is due."""
+    model = round.model
+    inner, metrics = round.server_update(server.inner, aggregate, key)
+    variables = model.get(inner)
+    inner = model.set(inner, _masked(rule, server.kept, variables, variables)[0])
+    t = server.rounds
+    due = (t >= rule.start) & (t <= rule.end) & ((t - rule.start) % rule.every == 0)
+    share = rule.share(t)
 
-    def one(path, leaf):
-        name = checks.path_name(path)
-        chosen = kernels(name, leaf.shape) if predicate is None else name.startswith("params") and predicate(name)
-        return bool(chosen) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    def prune(inner):
+        variables = model.get(inner)
+        kept = _largest(_chosen(variables, rule.prunable(variables)), server.kept, share)
+        return model.set(inner, _masked(rule, kept, variables, variables)[0]), kept
 
-    return jax.tree_util.tree_map_with_path(one, variables)
+    inner, kept = jax.lax.cond(due, prune, lambda inner: (inner, server.kept), inner)
+    changed = jnp.any(kept != server.kept)
+    left = jnp.sum(jax.lax.population_count(kept).astype(jnp.int32))
+    total = sum(leaf.size for leaf in _chosen(variables, rule.prunable(variables)))
+    new = PruningServer(inner, kept, server.version + changed, t + 1)
+    return new, metrics | {"sparsity": 1 - left / total}
 
 
 def _chosen(variables: Variables, prunable: Variables) -> list[jax.Array]:
@@ -221,6 +226,18 @@ def _unpacked(packed: jax.Array, like: Variables, prunable: Variables) -> Variab
         out.append(bits[at : at + leaf.size].reshape(leaf.shape) if chosen else None)
         at += leaf.size if chosen else 0
     return jax.tree.unflatten(jax.tree.structure(like), out)
+
+
+def _masked(rule: Rule, kept: jax.Array, like: Variables, tree: PyTree) -> tuple[PyTree, Variables]:
+    """Zeros for what was pruned, in every part that is shaped as the model; and the mask of the parameters."""
+    mask = _unpacked(kept, like, rule.prunable(like))
+    return _over(like, lambda x, m: x if m is None else jnp.where(m, x, jnp.zeros_like(x)), mask, tree), mask
+
+
+def _to_kept(rule: Rule, kept: jax.Array, like: Variables) -> Tilt:
+    """The tilt to parameters that are zero, and stay so, where they were pruned."""
+    mask = _unpacked(kept, like, rule.prunable(like))
+    return restricted(jax.tree.map(lambda x, m: jnp.ones_like(x, bool) if m is None else m, like.params, mask.params))
 
 
 def _over(like: Variables, change: Callable, mask: Variables, tree: PyTree) -> PyTree:
