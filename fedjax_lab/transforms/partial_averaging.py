@@ -11,7 +11,18 @@ import jax.numpy as jnp
 from fedjax_lab import checks
 from fedjax_lab.aggregators import within
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import Aggregator, Round, Sometimes, Transform, identity, marked, through, unmarked
+from fedjax_lab.round import (
+    Aggregator,
+    ClientOutput,
+    Lens,
+    Round,
+    Sometimes,
+    Transform,
+    identity,
+    marked,
+    through,
+    unmarked,
+)
 
 PyTree = Any
 # (path of a leaf, number of the round) -> whether it is averaged then; the number may be traced
@@ -87,23 +98,7 @@ def partial_averaging(averaged: Schedule) -> Transform:
     now = functools.partial(_averaged, averaged)
 
     def transform(round: Round) -> Round:
-        model, view = round.model, round.view
-        if model is None or view is None:
-            raise ValueError("partial_averaging() averages a model's leaves, but this Round sends none")
-        if "split" in round.traits:
-            raise ValueError(
-                "partial_averaging() averages leaves of whole models, but this Round (private(), reconstruction()) "
-                "never sends some: leave that out, and give leaves that stay with each client a period of 0"
-            )
-        if {"sub_models", "chosen"} & round.traits:
-            raise ValueError(
-                "partial_averaging() has each client hold one model's leaves, but this Round sends parts of them "
-                "(federated dropout, width slices) or several models (clusters), which don't go together"
-            )
-        if {"partial", "many_models", "encoded"} & round.traits:
-            raise ValueError(
-                "partial_averaging() comes before transforms that split, multiply or encode the model: put it first"
-            )
+        model, view = _lenses(round)
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
@@ -129,19 +124,12 @@ def partial_averaging(averaged: Schedule) -> Transform:
         def client_update(message, state, client, key, tilt=identity):
             content, start, theirs = received(message, state)
             out = round.client_update(content, state.inner, client, key, tilt=tilt)
-            if out.trained is None:
-                raise ValueError(
-                    "partial_averaging() needs a Round that reports what it trained (ClientOutput.trained)"
-                )
-            if jax.tree.structure(out.upload) != jax.tree.structure(theirs):
-                raise ValueError(
-                    "partial_averaging() sends parts of an upload that is shaped as the model; this Round's isn't"
-                )
+            own = _trained(out, theirs)
             chosen = now(theirs, client.env.round)
             # The change is counted from what the server has, which the client may have left behind rounds ago.
             moved = lambda c, u, a, b: jnp.where(c, u + (a - b).astype(u.dtype), jnp.zeros_like(u))
             upload = jax.tree.map(moved, chosen, out.upload, start, theirs)
-            new = PartialClient(out.state, out.trained.variables, message.version)
+            new = PartialClient(out.state, own, message.version)
             return out._replace(upload=upload, state=new, bytes_up=None, parts=chosen)
 
         def server_update(server, aggregate, key):
@@ -180,6 +168,37 @@ def partial_averaging(averaged: Schedule) -> Transform:
         )
 
     return transform
+
+
+def _lenses(round: Round) -> tuple[Lens, Lens]:
+    """Into the server's state and into messages. Raises ValueError for a Round that sends no whole model."""
+    model, view = round.model, round.view
+    if model is None or view is None:
+        raise ValueError("partial_averaging() averages a model's leaves, but this Round sends none")
+    if "split" in round.traits:
+        raise ValueError(
+            "partial_averaging() averages leaves of whole models, but this Round (private(), reconstruction()) "
+            "never sends some: leave that out, and give leaves that stay with each client a period of 0"
+        )
+    if {"sub_models", "chosen"} & round.traits:
+        raise ValueError(
+            "partial_averaging() has each client hold one model's leaves, but this Round sends parts of them "
+            "(federated dropout, width slices) or several models (clusters), which don't go together"
+        )
+    if {"partial", "many_models", "encoded"} & round.traits:
+        raise ValueError(
+            "partial_averaging() comes before transforms that split, multiply or encode the model: put it first"
+        )
+    return model, view
+
+
+def _trained(out: ClientOutput, theirs: Variables) -> Variables:
+    """What a client trained. Raises ValueError if that isn't said, or the upload isn't shaped as the model."""
+    if out.trained is None:
+        raise ValueError("partial_averaging() needs a Round that reports what it trained (ClientOutput.trained)")
+    if jax.tree.structure(out.upload) != jax.tree.structure(theirs):
+        raise ValueError("partial_averaging() sends parts of an upload that is shaped as the model; this Round's isn't")
+    return out.trained.variables
 
 
 def _averaged(schedule: Schedule, like: Variables, round: Any) -> Variables:
