@@ -11,8 +11,9 @@ from fedjax_lab import checks
 from fedjax_lab.aggregators import within
 from fedjax_lab.local import client_weight
 from fedjax_lab.models.base import add, difference
+from fedjax_lab.nesting import first_turn
 from fedjax_lab.population import mean_weight, population_mean
-from fedjax_lab.round import Aggregator, Env, Round, Sent, Transform, identity, nbytes, through
+from fedjax_lab.round import Aggregator, Lens, Round, Sent, Transform, identity, nbytes, through
 from fedjax_lab.transforms import memories
 from fedjax_lab.transforms.uplink import is_mean_of_everything
 from fedjax_lab.turn import select
@@ -109,6 +110,38 @@ class SelectiveMessage(NamedTuple):
     asked: Any
 
 
+class Selection(NamedTuple):
+    """Which clients send, and what counts for those that don't: the arguments of :func:`selective`."""
+
+    rule: Rule
+    instead: str
+    weighting: Any
+
+    @property
+    def stale(self) -> bool:
+        """Whether clients that don't send count with what they sent last."""
+        return self.instead == "stale"
+
+    @property
+    def kept(self) -> bool:
+        """Whether a client keeps its last upload."""
+        return self.stale or self.rule.keeps
+
+    @property
+    def traits(self) -> set[str]:
+        """What a Round has more by it."""
+        return {"moves_alone"} | ({"changes"} if self.stale else set()) | ({"in_step"} if self.rule.asks else set())
+
+    def opened(self, message: SelectiveMessage) -> PyTree:
+        """The inner message."""
+        return message.inner.content if self.rule.asks else message.inner
+
+    def put(self, message: SelectiveMessage, part: PyTree) -> SelectiveMessage:
+        """The message with another inner one."""
+        inner = Sent(part, message.inner.length) if self.rule.asks else part
+        return message._replace(inner=inner)
+
+
 def selective(rule: Rule, *, instead: str = "nothing", weighting: Any = "examples") -> Transform:
     """Send an upload only if a rule says so.
 
@@ -130,30 +163,11 @@ def selective(rule: Rule, *, instead: str = "nothing", weighting: Any = "example
     if instead not in INSTEAD:
         raise ValueError(f"instead must be one of {INSTEAD}{checks.nearest(str(instead), INSTEAD)}; got {instead!r}")
     checks.weighting(weighting)
-    stale = instead == "stale"
-    kept = stale or rule.keeps
+    chosen = Selection(rule, instead, weighting)
+    stale, kept, opened = chosen.stale, chosen.kept, chosen.opened
 
     def transform(round: Round) -> Round:
-        model, view = round.model, round.view
-        if model is None or view is None:
-            raise ValueError(f"{rule.name} looks at the model that is trained, but this Round sends none")
-        if {"partial", "many_models"} & round.traits:
-            raise ValueError(f"{rule.name} comes before transforms that split or multiply the model: put it first")
-        if kept and "encoded" in round.traits:
-            raise ValueError(f"{rule.name} compares uploads with earlier ones: put it before fl.uplink, not behind")
-        if kept or rule.remembers:
-            memories.of_units(round, rule.name)
-        opened = (lambda message: message.inner.content) if rule.asks else (lambda message: message.inner)
-
-        def init(key, data, params=None):
-            server = round.init(key, data, params)
-            memory, weight = rule.init(model.get(server).params), mean_weight(weighting, data)
-            if not kept:
-                return SelectiveServer(server, memory, (), weight)
-            found = jax.eval_shape(lambda s, d: _example(round, s, d), server, data)
-            if stale:
-                _check_mean(round, rule, found)
-            return SelectiveServer(server, memory, _zeros(found[0]) if stale else (), weight, Like.of(found[0]))
+        model, view = _lenses(chosen, round)
 
         def init_client(server, client):
             inner = round.init_client(server.inner, client)
@@ -192,40 +206,62 @@ def selective(rule: Rule, *, instead: str = "nothing", weighting: Any = "example
         inner_mean = within(round.aggregate, opened)
         aggregate = _heard(population_mean() if stale else inner_mean)
 
-        def server_update(server, aggregate, key):
-            found, anyone = aggregate
-            mean = server.mean
-            if stale:
-                mean = add(mean, jax.tree.map(lambda x: x / server.mean_weight, found))
-                found = mean
-            inner, metrics = round.server_update(server.inner, found, key)
-            if not stale:
-                inner = select(anyone, inner, server.inner)
-            memory = rule.renew(server.memory, model.get(server.inner).params, model.get(inner).params)
-            return dataclasses.replace(server, inner=inner, memory=memory, mean=mean), metrics
-
-        def put(message, part):
-            inner = Sent(part, message.inner.length) if rule.asks else part
-            return message._replace(inner=inner)
-
         personal = round.personalize
         return round._replace(
-            init=init,
+            init=lambda key, data, params=None: _begin(chosen, round, data, round.init(key, data, params)),
             init_client=init_client,
             broadcast=broadcast,
             client_update=client_update,
             aggregate=aggregate,
-            server_update=server_update,
+            server_update=lambda server, aggregate, key: _step(chosen, round, server, aggregate, key),
             personalize=personal and (lambda m, s, client, key: personal(opened(m), s.inner, client, key)),
             model=through(lambda server: server.inner, lambda s, part: dataclasses.replace(s, inner=part), model),
-            view=through(opened, put, view),
-            traits=round.traits
-            | {"moves_alone"}
-            | ({"changes"} if stale else set())
-            | ({"in_step"} if rule.asks else set()),
+            view=through(opened, chosen.put, view),
+            traits=round.traits | chosen.traits,
         )
 
     return transform
+
+
+def _lenses(chosen: Selection, round: Round) -> tuple[Lens, Lens]:
+    """Into the server's state and into messages. Raises ValueError for a Round that the rule doesn't go with."""
+    rule, model, view = chosen.rule, round.model, round.view
+    if model is None or view is None:
+        raise ValueError(f"{rule.name} looks at the model that is trained, but this Round sends none")
+    if {"partial", "many_models"} & round.traits:
+        raise ValueError(f"{rule.name} comes before transforms that split or multiply the model: put it first")
+    if chosen.kept and "encoded" in round.traits:
+        raise ValueError(f"{rule.name} compares uploads with earlier ones: put it before fl.uplink, not behind")
+    if chosen.kept or rule.remembers:
+        memories.of_units(round, rule.name)
+    return model, view
+
+
+def _begin(chosen: Selection, round: Round, data: Any, server: PyTree) -> SelectiveServer:
+    """The server's state around the inner one, before anybody has sent anything."""
+    rule = chosen.rule
+    memory, weight = rule.init(round.model.get(server).params), mean_weight(chosen.weighting, data)
+    if not chosen.kept:
+        return SelectiveServer(server, memory, (), weight)
+    found = jax.eval_shape(lambda s, d: _example(round, s, d), server, data)
+    if chosen.stale:
+        _check_mean(round, rule, found)
+    return SelectiveServer(server, memory, _zeros(found[0]) if chosen.stale else (), weight, Like.of(found[0]))
+
+
+def _step(chosen: Selection, round: Round, server: SelectiveServer, aggregate: tuple, key: jax.Array):
+    """The server after a round in which perhaps nobody sent, and its metrics."""
+    model = round.model
+    found, anyone = aggregate
+    mean = server.mean
+    if chosen.stale:
+        mean = add(mean, jax.tree.map(lambda x: x / server.mean_weight, found))
+        found = mean
+    inner, metrics = round.server_update(server.inner, found, key)
+    if not chosen.stale:
+        inner = select(anyone, inner, server.inner)
+    memory = chosen.rule.renew(server.memory, model.get(server.inner).params, model.get(inner).params)
+    return dataclasses.replace(server, inner=inner, memory=memory, mean=mean), metrics
 
 
 def _heard(aggregator: Aggregator) -> Aggregator:
@@ -257,12 +293,6 @@ def _zeros(like: PyTree) -> PyTree:
 
 def _example(round: Round, server: PyTree, data: Any) -> tuple:
     """One client's ``(upload, weight, message, env)``; for their shapes alone."""
-    key = jax.random.key(0)
-    one, here = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
-    env = Env(jnp.int32(0), key, one, here, here, jnp.int32(data.num_clients), jnp.int32(1))
-    client = data.view(jnp.int32(0), env)
-    state = round.init_client(server, client)
-    message = round.broadcast(server, state, client, key)
-    out = round.client_update(message, state, client, key)
+    out, message, env = first_turn(round, server, data)
     # In the type that the difference of two uploads has.
     return difference(out.upload, out.upload), jnp.asarray(out.weight, jnp.float32), message, env
