@@ -1,4 +1,4 @@
-"""Cutting the entries of some hidden units out of models, and putting them back among zeros."""
+"""Cutting the entries of some hidden units out of models, and putting them back among zeros; messages with a part."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fedjax_lab import shuffle
 from fedjax_lab.models.base import Variables
-from fedjax_lab.round import nbytes
+from fedjax_lab.round import Sent, nbytes
 from fedjax_lab.transforms.units import Units
 
 PyTree = Any
@@ -57,6 +57,48 @@ def held_units(units: Units, most: float, rate: Any, seed: Any) -> dict[str, Hel
         where = None if seed is None else shuffle.permute(jnp.arange(k), size, shuffle.derive(seed, i))
         held[group] = Held(where, k, None if rate is None else how_many(rate, size))
     return held
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A message with a part of the model.
+
+    Attributes:
+      inner: the inner round's message, cut.
+      seed: ``uint32[]`` of which units these are; ``()`` if they are the first ones.
+      rate: this client's share as the bits of a ``float32[]``, which no link touches; ``()`` if all have the same.
+      units: static, what the model's axes count.
+      most: static, the share that there is room for.
+    """
+
+    inner: Any
+    seed: Any
+    rate: Any
+    units: Units = dataclasses.field(metadata={"static": True})
+    most: float = dataclasses.field(metadata={"static": True})
+
+    def held(self) -> dict[str, Held]:
+        rate = None if isinstance(self.rate, tuple) else jax.lax.bitcast_convert_type(self.rate, jnp.float32)
+        return held_units(self.units, self.most, rate, None if isinstance(self.seed, tuple) else self.seed)
+
+
+def opened(message: Any) -> Part:
+    """The part that a message is, or was sent as."""
+    return message.content if isinstance(message, Sent) else message
+
+
+def completed(message: Any) -> PyTree:
+    """The inner message in the model's shapes, with zeros for units that aren't held."""
+    part = opened(message)
+    return put_back(part.units, part.held(), part.inner)
+
+
+def replaced(message: Any, inner: PyTree) -> Any:
+    """The message with another inner one, of which it keeps the units that are held."""
+    part = opened(message)
+    part = dataclasses.replace(part, inner=cut(part.units, part.held(), inner))
+    return Sent(part, message.length) if isinstance(message, Sent) else part
 
 
 def cut(units: Units, held: dict[str, Held], tree: PyTree) -> PyTree:

@@ -1,6 +1,7 @@
 """Clients that train a part of every hidden layer: federated dropout, and models of several widths."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,35 +14,11 @@ from fedjax_lab import checks
 from fedjax_lab.client import ClientData
 from fedjax_lab.models.base import Variables
 from fedjax_lab.round import Aggregator, Lens, Round, Sent, Tilt, Transform, chain_tilts, identity, projection
-from fedjax_lab.transforms.slices import Held, bytes_of, cut, held_units, marks, put_back
+from fedjax_lab.transforms.slices import Part, bytes_of, completed, cut, held_units, marks, opened, put_back, replaced
 from fedjax_lab.transforms.transfers import of
 from fedjax_lab.transforms.units import Rule, Units, by_rule, hidden_units
 
 PyTree = Any
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A message with a part of the model.
-
-    Attributes:
-      inner: the inner round's message, cut.
-      seed: ``uint32[]`` of which units these are; ``()`` if they are the first ones.
-      rate: this client's share as the bits of a ``float32[]``, which no link touches; ``()`` if all have the same.
-      units: static, what the model's axes count.
-      most: static, the share that there is room for.
-    """
-
-    inner: Any
-    seed: Any
-    rate: Any
-    units: Units = dataclasses.field(metadata={"static": True})
-    most: float = dataclasses.field(metadata={"static": True})
-
-    def held(self) -> dict[str, Held]:
-        rate = None if isinstance(self.rate, tuple) else jax.lax.bitcast_convert_type(self.rate, jnp.float32)
-        return held_units(self.units, self.most, rate, None if isinstance(self.seed, tuple) else self.seed)
 
 
 def federated_dropout(rate: Any, units: Rule | None = None) -> Transform:
@@ -109,24 +86,12 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
         if single and rate == 1:
             return round
         model, view = round.model, round.view
-        loss: Any = round.loss
-
-        def units_of(variables: Variables, client: ClientData) -> Units:
-            if rule is not None:
-                return by_rule(rule, variables)
-            rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape[1:]), a.dtype), client.arrays)
-            return hidden_units(loss, variables, rows)
+        units_of = functools.partial(_units_of, rule, round.loss)
 
         def init(key, data, params=None):
             _check_clients(rate, data)
             server = round.init(key, data, params)
-            units = units_of(model.get(server), data)
-            if not units.sizes:
-                names = [name for name, _ in checks.named_leaves(model.get(server))]
-                raise ValueError(
-                    f"{who} found no hidden units to leave out in {names}: give units=, a function (path, shape) -> "
-                    "the group of units that each axis counts"
-                )
+            _check_units(units_of(model.get(server), data), model.get(server), who)
             return server
 
         def broadcast(server, state, client, key):
@@ -144,13 +109,9 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
             told = 4 * (table or isinstance(rate, str))  # a sweep's rate is the same for all: nobody need be told
             return Sent(part, bytes_of(units, part.held(), part.inner) + jnp.uint32(told + 4 * random))
 
-        def whole(message):
-            part = opened(message)
-            return put_back(part.units, part.held(), part.inner)
-
         def client_update(message, state, client, key, tilt=identity):
             part = opened(message)
-            held, received = part.held(), whole(message)
+            held, received = part.held(), completed(message)
             only = restricted(marks(part.units, held, bool).params)
             # On both sides of the other tilts: these see, and change, nothing of the units that aren't there.
             out = round.client_update(received, state, client, key, tilt=chain_tilts(only, tilt, projection(only)))
@@ -158,54 +119,57 @@ def _submodels(rate: Any, rule: Rule | None, random: bool, who: str) -> Transfor
             upload = cut(part.units, held, out.upload)
             return out._replace(upload=upload, bytes_up=None if single else bytes_of(part.units, held, upload))
 
-        def lift(upload, weight, message, env):
-            part = opened(message)
-            held = part.held()
-            full = put_back(part.units, held, upload)
-            value, below = round.aggregate.lift(full, weight, whole(message), env)
-            had = jax.tree.map(lambda m: m * weight, marks(part.units, held))
-            return value, (below, had, weight)
-
-        def finish(sums, env):
-            value, (below, had, weight) = sums
-            mean = round.aggregate.finish((value, below), env)
-            # The inner mean took clients without an entry for ones that left it as it was.
-            each = lambda m, h: jnp.where(h > 0, m * (weight / jnp.where(h > 0, h, 1)).astype(m.dtype), 0)
-            return jax.tree.map(each, mean, had), jax.tree.map(lambda h: h > 0, had)
-
         def server_update(server, aggregate, key):
             mean, had = aggregate
             new, metrics = round.server_update(server, mean, key)
             stay = jax.tree.map(lambda h, a, b: jnp.where(h, a, b), had, model.get(new), model.get(server))
             return model.set(new, stay), metrics
 
+        personal = round.personalize
         made = round._replace(
             init=init,
             broadcast=broadcast,
             client_update=client_update,
-            aggregate=Aggregator(lift, finish),
+            aggregate=_by_entry(round.aggregate),
             server_update=server_update,
-            view=Lens(lambda m: view.get(whole(m)), lambda m, variables: _replaced(m, view.set(whole(m), variables))),
+            personalize=personal and (lambda m, state, client, key: personal(completed(m), state, client, key)),
+            view=Lens(lambda m: view.get(completed(m)), lambda m, new: replaced(m, view.set(completed(m), new))),
             traits=round.traits | {"sub_models"} | ({"moving_units"} if random else {"personal"}),
         )
-        personal = round.personalize
-        if personal is not None:
-            made = made._replace(personalize=lambda m, state, client, key: personal(whole(m), state, client, key))
-        return (
-            made if random or round.local is None else made._replace(local=_sliced(round.local, units_of, rate, most))
-        )
+        if random or round.local is None:
+            return made
+        return made._replace(local=_sliced(round.local, units_of, rate, most))
 
     return transform
 
 
-def opened(message: Any) -> Part:
-    return message.content if isinstance(message, Sent) else message
+def _units_of(rule: Rule | None, loss: Any, variables: Variables, client: ClientData) -> Units:
+    """What the model's axes count, by the rule, or as its loss shows on a client's data."""
+    if rule is not None:
+        return by_rule(rule, variables)
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape[1:]), a.dtype), client.arrays)
+    return hidden_units(loss, variables, rows)
 
 
-def _replaced(message: Any, inner: PyTree) -> Any:
-    part = opened(message)
-    part = dataclasses.replace(part, inner=cut(part.units, part.held(), inner))
-    return Sent(part, message.length) if isinstance(message, Sent) else part
+def _by_entry(aggregate: Aggregator) -> Aggregator:
+    """The mean of each entry over the clients that had it, and whether anybody had."""
+
+    def lift(upload, weight, message, env):
+        part = opened(message)
+        held = part.held()
+        full = put_back(part.units, held, upload)
+        value, below = aggregate.lift(full, weight, completed(message), env)
+        had = jax.tree.map(lambda m: m * weight, marks(part.units, held))
+        return value, (below, had, weight)
+
+    def finish(sums, env):
+        value, (below, had, weight) = sums
+        mean = aggregate.finish((value, below), env)
+        # The inner mean took clients without an entry for ones that left it as it was.
+        each = lambda m, h: jnp.where(h > 0, m * (weight / jnp.where(h > 0, h, 1)).astype(m.dtype), 0)
+        return jax.tree.map(each, mean, had), jax.tree.map(lambda h: h > 0, had)
+
+    return Aggregator(lift, finish)
 
 
 def restricted(mask: PyTree) -> Tilt:
@@ -261,6 +225,16 @@ def _check_clients(rate: Any, data: Any) -> None:
         values = data.attrs[rate]
         if not isinstance(values, Tracer):
             _check_rate(np.asarray(values), f"the client attribute {rate!r}:")
+
+
+def _check_units(units: Units, variables: Variables, who: str) -> None:
+    """Refuse a model without hidden units that may be left out."""
+    if not units.sizes:
+        names = [name for name, _ in checks.named_leaves(variables)]
+        raise ValueError(
+            f"{who} found no hidden units to leave out in {names}: give units=, a function (path, shape) -> "
+            "the group of units that each axis counts"
+        )
 
 
 def _check_population(rate: Any, client: ClientData) -> None:
