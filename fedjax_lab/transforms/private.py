@@ -63,27 +63,8 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
     checks.predicate(predicate)
 
     def transform(round: Round) -> Round:
-        view, model = round.view, round.model
-        if view is None or model is None:
-            raise ValueError("private() splits a model, but this Round has none")
-        if "many_models" in round.traits:
-            raise ValueError("private() comes before transforms that multiply the model: put it first")
-        if "members" in round.traits:
-            raise ValueError("private() takes leaves out of uploads, but this Round's server keeps whole models")
-        if {"encoded", "summed"} & round.traits:
-            raise ValueError(
-                "private() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it"
-            )
-        if "by_leaf" in round.traits:
-            raise ValueError(
-                "private() takes leaves out of messages, but this Round's travel in rounds of their own: have "
-                "partial_averaging() never average them instead (a period of 0)"
-            )
-        if {"sub_models", "pruned", "merged"} & round.traits:
-            raise ValueError(
-                "private() takes leaves out of whole models, but this Round sends parts of one (federated dropout, "
-                "width slices, pruning, merged adapters), which don't go together"
-            )
+        _check_round(round)
+        view, model, first = round.view, round.model, _first_phase(round, alternating)
 
         def init(key, data, params=None):
             server = round.init(key, data, params)
@@ -104,15 +85,6 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
             """The inner message as the client completes it."""
             whole = fill(state.part, message)
             return view.set(whole, merge(state.part, view.get(whole)))
-
-        first = round.local if alternating is True else alternating
-        if first is None:
-            raise ValueError("private() alternates by the Round's local training, but this Round has none")
-        if first and "split" in round.traits:
-            raise ValueError(
-                "private(alternating=...) trains from whole models, but of this Round's some leaves stay with the "
-                "clients: put it first"
-            )
 
         def client_update(message, state, client, key, tilt=identity):
             whole = received(message, state)
@@ -149,6 +121,41 @@ def private(predicate: Callable[[str], bool], *, alternating: LocalTraining | bo
         )
 
     return transform
+
+
+def _check_round(round: Round) -> None:
+    """Refuse a Round without a model, or that doesn't send all of its leaves together as they are."""
+    if round.view is None or round.model is None:
+        raise ValueError("private() splits a model, but this Round has none")
+    if "many_models" in round.traits:
+        raise ValueError("private() comes before transforms that multiply the model: put it first")
+    if "members" in round.traits:
+        raise ValueError("private() takes leaves out of uploads, but this Round's server keeps whole models")
+    if {"encoded", "summed"} & round.traits:
+        raise ValueError("private() takes leaves out of uploads, but this Round's are encoded: put fl.uplink behind it")
+    if "by_leaf" in round.traits:
+        raise ValueError(
+            "private() takes leaves out of messages, but this Round's travel in rounds of their own: have "
+            "partial_averaging() never average them instead (a period of 0)"
+        )
+    if {"sub_models", "pruned", "merged"} & round.traits:
+        raise ValueError(
+            "private() takes leaves out of whole models, but this Round sends parts of one (federated dropout, "
+            "width slices, pruning, merged adapters), which don't go together"
+        )
+
+
+def _first_phase(round: Round, alternating: LocalTraining | bool) -> LocalTraining | None:
+    """What trains the private parameters alone before the others; ``None`` where all train jointly."""
+    first = round.local if alternating is True else alternating
+    if first is None:
+        raise ValueError("private() alternates by the Round's local training, but this Round has none")
+    if first and "split" in round.traits:
+        raise ValueError(
+            "private(alternating=...) trains from whole models, but of this Round's some leaves stay with the "
+            "clients: put it first"
+        )
+    return first or None
 
 
 def holding(predicate: Callable[[str], bool]) -> Tilt:
