@@ -71,3 +71,12 @@ def few_programs():
     if status.exists() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > MOST_BYTES:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def optimized():
+    """Programs as users have them: compiled quickly, two of the same arithmetic may round differently."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -66,15 +66,6 @@ def both(make, sampler, data, rounds, lanes=2):
     return out
 
 
-@pytest.fixture
-def optimized():
-    """Programs as users have them: compiled quickly, two of the same arithmetic may round differently."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("make", "sampler"),

@@ -86,6 +86,7 @@ def test_ditto_without_pull_is_local_training_and_with_much_the_global_model():
     assert np.abs(used(process, state) - w).max() < 0.05
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("over", [fedadam, scaffold])
 def test_the_global_model_is_the_inner_rounds_bit_for_bit(over):
     inner, data = over(SOFTMAX, optax.sgd(0.1), epochs=1), softmax_data()
