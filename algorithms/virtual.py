@@ -144,7 +144,10 @@ def virtual(
 
 
 class _Star(NamedTuple):
-    """The star-shaped network: the prior's precision ``certain``, and which leaves are ``private``, if any."""
+    """The star-shaped network: the prior's precision ``certain``, and which leaves are ``private``, if any.
+
+    A Round holds functions of its methods, not the methods: JAX would hash these by ``certain``, which may be traced.
+    """
 
     certain: Any
     private: Callable[[str], bool] | None

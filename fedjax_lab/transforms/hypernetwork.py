@@ -138,7 +138,10 @@ def hypernetwork(
 
 
 class _Maker(NamedTuple):
-    """A network, and the lens to the model whose parameters it makes."""
+    """A network, and the lens to the model whose parameters it makes.
+
+    A Round holds functions of its methods, not the methods: JAX would hash these by what the tuple holds.
+    """
 
     network: Hypernetwork
     model: Lens
