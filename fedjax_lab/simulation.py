@@ -107,7 +107,7 @@ def synchronous(
 
     def step(state: SimulationState, data: FederatedData, abreast: bool = False):
         key = jax.random.fold_in(state.key, state.round)
-        public, clients, serving = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(3))
+        public, clients, serving = (jax.random.fold_in(key, i) for i in range(3))
         probe = _probe(round, state.server, data, clients, apart)
         ids, present, sampler_state = sampler.sample(state.sampler, public, data, probe)
         env = make_env(state.round, public, ids, present, data.num_clients)
