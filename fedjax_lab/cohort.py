@@ -151,20 +151,21 @@ def run_cohort(
         )
     sums, turns, clients = here(server, clients, data, env, key, beside)
     told = turns.facts
+    counted, uplink = told.counted, told.bytes_up
     counts = {
         "invited": jnp.sum(env.invited),
-        "survivors": jnp.sum(told.counted),
+        "survivors": jnp.sum(counted),
         "non_finite": jnp.sum(env.present & ~told.alive),
     }
     return Answers(
         sums=sums if made(beside).aggregate.reduce is None else turns.kept,
         clients=clients,
         ids=env.ids,
-        ok=told.counted,
+        ok=counted,
         metrics=told.metrics,
         weights=told.weight,
         counts=counts,
-        uplink_bytes=count_bytes(told.bytes_up, told.bytes_up > 0),
+        uplink_bytes=count_bytes(uplink, uplink > 0),
         downlink_bytes=count_bytes(told.bytes_down, env.invited),
     )
 
@@ -206,7 +207,7 @@ def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.nda
 def _brought_near(schedule: Plan, data: FederatedData, clients: ClientStates, ids: jax.Array, device: Any) -> Plan:
     """The schedule, after what the device's clients will read was read; the states it has follow those of the last."""
     mine = jnp.where((schedule.device == device)[:, None], schedule.slots, len(ids))
-    own = ids.at[mine.reshape(-1)].get(mode="fill", fill_value=-1)
+    own = ids.at[mine.reshape(-1)].get(mode="fill", fill_value=-1, wrap_negative_indices=False)
     first = device * len(clients.known)
     return schedule._replace(slots=nearby.read_first(schedule.slots, data, clients, own, first))
 
@@ -227,7 +228,8 @@ def work_of(env: Env, data: FederatedData) -> jax.Array:
 
     By size alone: an absent client keeps its place, so that the others' sums keep their order and bits.
     """
-    return jnp.where(env.invited, jnp.asarray(data.sizes)[jnp.clip(env.ids, 0, data.num_clients - 1)], -1)
+    sizes = jnp.asarray(data.sizes).at[jnp.clip(env.ids, 0, data.num_clients - 1)].get(wrap_negative_indices=False)
+    return jnp.where(env.invited, sizes, -1)
 
 
 def _on_device(
@@ -243,8 +245,8 @@ def _on_device(
     """The chunks of one device: sums, turns ``[cohort, ...]`` and client states."""
     cohort, (chunks, lanes) = env.ids.shape[0], schedule.slots.shape
     slots = schedule.slots.reshape(-1)
-    ids = env.ids.at[slots].get(mode="fill", fill_value=population)
-    present = env.present.at[slots].get(mode="fill", fill_value=False)
+    ids = env.ids.at[slots].get(mode="fill", fill_value=population, wrap_negative_indices=False)
+    present = env.present.at[slots].get(mode="fill", fill_value=False, wrap_negative_indices=False)
     runs = None if axis is None or apart else jnp.repeat(schedule.device, lanes)
     by_chunk = lambda x: x.reshape(chunks, lanes, *x.shape[1:])
 
@@ -265,7 +267,7 @@ def _on_device(
     new, alive = turns.state, turns.facts.alive
     turns = turns._replace(state=())
     if chunks > 1 or apart:  # back into the cohort's order; client states go to their rows from where they are
-        seat = jnp.full(cohort, -1).at[slots].set(jnp.arange(chunks * lanes), mode="drop")
+        seat = jnp.full(cohort, -1).at[slots].set(jnp.arange(chunks * lanes), mode="drop", wrap_negative_indices=False)
         turns = jax.tree.map(lambda x: rows(x, jnp.maximum(seat, 0), seat >= 0 if apart else None), turns)
     if axis is not None and apart:  # a device holds the rows of its own clients
         sums, turns = exchange((sums, turns), axis)

@@ -171,8 +171,14 @@ class _Made:
         return found or self._compiled(name, traced)
 
     def _compiled(self, name: str, traced: Traced) -> Compiled:
-        known = xla_options.known(tuple(self.wanted(traced.jaxpr.jaxpr).items()))
-        return kept_programs.compiled(name, traced, known or None)
+        options = self.wanted(traced.jaxpr.jaxpr)
+        try:
+            return kept_programs.compiled(name, traced, options or None)
+        except Exception:
+            known = xla_options.known(tuple(options.items()))
+            if known == options:
+                raise
+            return kept_programs.compiled(name, traced, known or None)
 
     def _run(self, arguments: tuple) -> PyTree:
         assert self.compiled

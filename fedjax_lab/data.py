@@ -267,9 +267,10 @@ class FederatedData:
         """The data of the client at a (traced) position; empty if not ``present`` or out of range."""
         inside = (index >= 0) & (index < self.num_clients) & present
         k = jnp.clip(index, 0, self.num_clients - 1)
-        size = jnp.where(inside, jnp.asarray(self.sizes)[k], 0)
-        attrs = {name: jnp.asarray(value)[k] for name, value in self.attrs.items()}
-        start = jnp.asarray(self.starts)[k]
+        at_k = lambda x: jax.lax.dynamic_index_in_dim(jnp.asarray(x), k, keepdims=False, allow_negative_indices=False)
+        size = jnp.where(inside, at_k(self.sizes), 0)
+        attrs = {name: at_k(value) for name, value in self.attrs.items()}
+        start = at_k(self.starts)
         return ClientData(
             self.arrays, start, size, jnp.int32(0), size, index, attrs, env,
             max_size=self.max_size, tile=self.tile, population=self.num_clients,

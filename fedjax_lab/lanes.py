@@ -63,7 +63,9 @@ def plan(work: jax.Array, lanes: int, devices: int = 1, home: jax.Array | None =
     slots = jnp.concatenate([order, pad]).astype(jnp.int32).reshape(chunks, lanes)
     if devices == 1:
         return Plan(slots, jnp.zeros(chunks, jnp.int32))
-    longest = jnp.max(work.at[slots].get(mode="fill", fill_value=-1), axis=1)  # a chunk takes as long as this one
+    longest = jnp.max(
+        work.at[slots].get(mode="fill", fill_value=-1, wrap_negative_indices=False), axis=1
+    )  # a chunk takes as long as this one
     load, device = _shared_out(longest, devices)
     if home is not None:
         most = jnp.max(load) * (1 + UNEVEN)
@@ -82,7 +84,7 @@ def _shared_out(
         cost = jnp.maximum(cost, 0) + 1
         least = jnp.argmin(load).astype(jnp.int32)
         device = least if home is None else jnp.where(load[own] + cost <= most, own, least)
-        return load.at[device].add(cost), device
+        return load.at[device].add(cost, wrap_negative_indices=False), device
 
     own = jnp.zeros(len(costs), jnp.int32) if home is None else home.astype(jnp.int32)
     return jax.lax.scan(give, jnp.zeros(devices, costs.dtype), (costs, own))

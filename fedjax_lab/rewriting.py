@@ -60,7 +60,18 @@ def _rewritten(jaxpr: Jaxpr, forms: Forms, together: Together | None) -> Jaxpr:
             both = _call_of(form, second, operands, [*first.outvars, *second.outvars])
             if replaced := _in_place_of(first, second, both, eqns):
                 eqns, done = replaced, [*done, both]
+    eqns = _of_use(jaxpr.replace(eqns=eqns))
     return jaxpr.replace(eqns=[eqn if eqn in done else _equation(eqn, forms, together) for eqn in eqns])
+
+
+def _of_use(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """The equations that something is made of: XLA would drop the others, but JAX makes text of all of them first."""
+    of_use, read = [], {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or any(v in read for v in eqn.outvars):
+            of_use.append(eqn)
+            read.update(v for v in eqn.invars if isinstance(v, Var))
+    return of_use[::-1]
 
 
 def _in_place_of(first: JaxprEqn, second: JaxprEqn, both: JaxprEqn, eqns: list[JaxprEqn]) -> list[JaxprEqn] | None:

@@ -101,9 +101,9 @@ def scatter(
     mine = here if runs is None or axis is None else here & (runs == jax.lax.axis_index(axis))
     end = clients.known.shape[0]
     target = jnp.where(alive & mine, seats, end)
-    known = clients.known.at[jnp.where(alive & here, seats, end)].set(True, mode="drop")
+    known = clients.known.at[jnp.where(alive & here, seats, end)].set(True, mode="drop", wrap_negative_indices=False)
     if axis is None or runs is None:
-        put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop")
+        put = lambda table, new: table.at[target].set(new.astype(table.dtype), mode="drop", wrap_negative_indices=False)
         return clients._replace(table=jax.tree.map(put, clients.table, states), known=known)
     own = jnp.argsort(target == end, stable=True)
 
@@ -162,7 +162,8 @@ def rows(x: jax.Array, index: jax.Array, keep: jax.Array | None = None) -> jax.A
     """``x[index]`` for ``index: int32[n]``, with zeros where ``keep: bool[n]`` doesn't hold."""
     small = x.dtype.itemsize * math.prod(x.shape[1:]) < LARGE_ROW
     if small or jax.default_backend() != "cpu" or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return x[index] if keep is None else zero_unless(keep, x[index])
+        found = x.at[index].get(wrap_negative_indices=False)
+        return found if keep is None else zero_unless(keep, found)
 
     def row(i, kept=None):
         copy = lambda: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)

@@ -154,6 +154,18 @@ QUICK = """
 """
 
 
+UNKNOWN = """
+    from fedjax_lab import xla_options
+    xla_options.wanted = lambda program, mesh=None: {"xla_cpu_no_such_option": True}
+    outs = [compiling.jit(lambda x: x + 1)(jnp.ones(3)) for _ in range(2)]
+    print(json.dumps(np.asarray(outs).tolist()))
+"""
+
+
+def test_options_that_this_xla_does_not_have_are_left_out(folder):
+    assert said(UNKNOWN) == [[2.0] * 3] * 2
+
+
 def test_what_compiles_in_no_time_is_not_kept_unless_jax_keeps_it(folder):
     assert said(QUICK) == [1, 0, 1]
 

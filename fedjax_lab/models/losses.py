@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 PyTree = Any
 PerExample = Callable[[PyTree, PyTree], jax.Array]
@@ -70,9 +71,18 @@ def _nats(outputs: jax.Array, y: jax.Array) -> jax.Array:
     if classes > FEW_CLASSES:
         return optax.softmax_cross_entropy_with_integer_labels(outputs, y)
     # The gradient of a gather is a scatter, a third of a small model's step on a CPU.
-    own = jax.nn.one_hot(y, classes, dtype=bool)
-    score = jnp.sum(jnp.where(own, outputs, 0), -1)
-    return jnp.where((y >= 0) & (y < classes), jax.nn.logsumexp(outputs, -1) - score, jnp.nan)
+    own = lax.eq(y[..., None], lax.broadcasted_iota(y.dtype, (*y.shape, classes), y.ndim))
+    score = jnp.sum(lax.select(own, outputs, lax.full_like(outputs, 0)), -1)
+    nats = lax.sub(_log_sum_exp(outputs), score)
+    return lax.select((y >= 0) & (y < classes), nats, lax.full_like(nats, jnp.nan))
+
+
+def _log_sum_exp(x: jax.Array) -> jax.Array:
+    """``jax.nn.logsumexp(x, -1)`` in a third of its operations, which every start traces, with their gradient."""
+    largest = lax.reduce_max(lax.stop_gradient(x), (x.ndim - 1,))
+    largest = lax.select(lax.is_finite(largest), largest, lax.full_like(largest, 0))
+    total = jnp.sum(lax.exp(lax.sub(x, lax.broadcast_in_dim(largest, x.shape, range(x.ndim - 1)))), -1)
+    return lax.add(lax.log(total), largest)
 
 
 # ---- losses ----

@@ -203,3 +203,25 @@ def test_other_products_are_left(examples, inputs, outputs, dtype):
     x, w = jnp.ones((examples, inputs), dtype), jnp.ones((inputs, outputs), dtype)
     _, _, text = before_and_after(jax.grad(lambda w: jnp.sum((x @ w) ** 2)), w)
     assert text.count("dot_general") == 2
+
+
+def test_what_nothing_is_made_of_is_dropped_unless_it_has_effects():
+    """Keys that a loop's body folds for whoever draws, for instance, in the model that draws nothing."""
+
+    def function(x, w):
+        def step(i, x):
+            key = jax.random.fold_in(jax.random.key(0), i)
+            jax.random.fold_in(key, 1), jnp.sin(x)
+            jax.debug.callback(lambda x: None, x[0])
+            return x @ w
+
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    x, w = jnp.ones((2, 4)), jnp.eye(4)
+    program = jax.make_jaxpr(function)(x, w)
+    rewritten = rewriting.in_forms(program, {"dot_general": lambda eqn: None})
+    names = lambda closed: [eqn.primitive.name for eqn in closed.eqns[-1].params["jaxpr"].eqns]
+    assert {"random_fold_in", "sin", "debug_callback"} <= set(names(program))
+    assert {"random_fold_in", "sin"}.isdisjoint(names(rewritten))
+    assert "debug_callback" in names(rewritten)
+    np.testing.assert_array_equal(jax.core.eval_jaxpr(rewritten.jaxpr, rewritten.consts, x, w)[0], x)
