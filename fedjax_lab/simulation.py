@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_lab import checks, compiling, devices, garbage, hosts, memory, stored, whole_loops
+from fedjax_lab import checks, compiling, devices, garbage, hosts, keys, memory, stored, whole_loops
 from fedjax_lab.cohort import Answers, count_bytes, make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.local import mean_loss
@@ -106,8 +106,7 @@ def synchronous(
         )
 
     def step(state: SimulationState, data: FederatedData, abreast: bool = False):
-        key = jax.random.fold_in(state.key, state.round)
-        public, clients, serving = (jax.random.fold_in(key, i) for i in range(3))
+        public, clients, serving = keys.of_round(state.key, state.round)
         probe = _probe(round, state.server, data, clients, apart)
         ids, present, sampler_state = sampler.sample(state.sampler, public, data, probe)
         env = make_env(state.round, public, ids, present, data.num_clients)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fedjax_lab import checks, compiling, garbage, hosts, memory
+from fedjax_lab import checks, compiling, garbage, hosts, keys, memory
 from fedjax_lab.cohort import make_env, run_cohort
 from fedjax_lab.data import FederatedData
 from fedjax_lab.fetching import (
@@ -120,14 +120,13 @@ def _programs(round: Round, sampler: Sampler, lanes: int | None, sizes: np.ndarr
         return server, strong(sampler.init(data)), jnp.int32(0), run_key
 
     def draw(state, number, key, data) -> Drawn:
-        public = jax.random.fold_in(jax.random.fold_in(key, number), 0)
+        public = keys.of_round(key, number).public
         ids, present, state = sampler.sample(state, public, data, _no_probe)
         env = make_env(number, public, ids, present, data.num_clients)
         return Drawn(env, number + 1, strong(state))
 
     def compute(server, clients, drawn, key, data):
-        key = jax.random.fold_in(key, drawn.env.round)
-        private, serving = (jax.random.fold_in(key, i) for i in (1, 2))
+        _, private, serving = keys.of_round(key, drawn.env.round)
         answers = run_cohort(round, server, clients, data, drawn.env, private, lanes, None, sizes)
         server, server_metrics = serve(round, server, answers, drawn.env, serving)
         after = strong(sampler.update(drawn.sampler, answers.ids, answers.ok, answers.metrics))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fedjax_lab import keys
 from fedjax_lab.client import ClientData
 from fedjax_lab.facts import Facts, facts
 from fedjax_lab.round import Round, nbytes, upload_bytes
@@ -53,8 +54,7 @@ def select(condition: jax.Array, chosen: PyTree, other: PyTree) -> PyTree:
 def client_turn(round: Round, server, data, env, key, client_id, present, state, known):
     """One client's turn, from broadcast to what may be summed; ordinary code, vmapped by the caller."""
     client = data.view(client_id, env, present)
-    client_key = jax.random.fold_in(key, client_id)
-    broadcast_key, update_key = jax.random.fold_in(client_key, 0), jax.random.fold_in(client_key, 1)
+    broadcast_key, update_key = keys.of_client(key, client_id)
     if jax.tree.leaves(state):
         # First contact, with the data it has even if it will not answer.
         fresh = round.init_client(server, data.view(client_id, env))
