@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,27 @@ def test_cross_entropy_and_accuracy():
     batch = {"y": jnp.array([0, 1])}
     np.testing.assert_allclose(models.cross_entropy(SCORES, batch), [math.log(2), LN3], rtol=1e-6)
     np.testing.assert_array_equal(models.accuracy(SCORES, batch), [1, 0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("odd", [0.0, np.inf, -np.inf, np.nan, 3e38])
+def test_cross_entropy_and_its_gradient_are_those_of_logsumexp_bit_for_bit(dtype, odd):
+    rng = np.random.default_rng(0)
+    scores = jnp.asarray(30 * rng.normal(size=(7, 10)), dtype).at[0, 1].set(odd).at[1].set(-jnp.inf)
+    y, weights = jnp.asarray([*range(6), 12]), jnp.asarray(rng.random(7), dtype)  # 12 is no class
+
+    def expected(scores, batch):
+        own = jax.nn.one_hot(batch["y"], 10, dtype=bool)
+        value = jax.nn.logsumexp(scores, -1) - jnp.sum(jnp.where(own, scores, 0), -1)
+        return jnp.where(batch["y"] < 10, value, jnp.nan)
+
+    def both(loss):
+        total = lambda scores: jnp.sum(jnp.where(y < 10, loss(scores, {"y": y}) * weights, 0).astype(jnp.float32))
+        return np.asarray(loss(scores, {"y": y}), np.float32), np.asarray(jax.grad(total)(scores), np.float32)
+
+    for found, wanted in zip(both(models.cross_entropy), both(expected), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert np.isnan(both(models.cross_entropy)[0][-1])
 
 
 def test_sequences_average_over_their_real_tokens():
