@@ -134,7 +134,8 @@ class _Made:
             # them, if anything, is for the call below to say.
             with contextlib.suppress(TypeError, ValueError):
                 return self._run(arguments)
-        return self.jitted(*arguments)(*arguments)
+        with contextlib.nullcontext() if self.fitted else garbage.put_off():  # the first time it is compiled
+            return self.jitted(*arguments)(*arguments)
 
     @garbage.put_off()
     def compile(self, arguments: tuple) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import fedjax_lab as fl
 from algorithms.fedavg import fedavg
-from fedjax_lab import compiling, garbage
+from fedjax_lab import compiling, garbage, kept_programs
 from tests.problems import softmax_data, softmax_model
 
 
@@ -45,6 +45,15 @@ def test_processes_are_built_and_programs_made_without_a_full_collection(thresho
     assert full_collections(lambda: jax.make_jaxpr(new())(1.0)) > 0
     assert full_collections(lambda: fl.synchronous(round, data, sampler)) == 0
     assert full_collections(lambda: compiling.now(new(), (1.0,))) == 0
+    assert gc.get_threshold() == threshold
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python collects the old generation a part at a time")
+def test_a_first_call_has_no_full_collection_where_no_programs_are_kept(threshold, monkeypatch):
+    monkeypatch.setattr(kept_programs, "folder", lambda: None)
+    new = lambda: lambda x: [jnp.full(i, x) for i in range(60)]  # each is written out for XLA anew
+    assert full_collections(lambda: jax.jit(new())(1.0)) > 0
+    assert full_collections(lambda: compiling.jit(new())(1.0)) == 0
     assert gc.get_threshold() == threshold
 
 
