@@ -8,7 +8,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -213,5 +213,6 @@ def _inside_another() -> bool:
 
 @functools.cache
 def _outermost() -> Any:
-    with jax.ensure_compile_time_eval():
-        return get_opaque_trace_state()
+    """The state of a thread that traces nothing: a new one's, as this may be asked first in the midst of a trace."""
+    with ThreadPoolExecutor(1) as new:
+        return new.submit(get_opaque_trace_state).result()

@@ -43,6 +43,22 @@ def test_a_function_may_be_part_of_another_program_even_if_its_arguments_are_not
     assert_close(jax.grad(lambda y: y * ours(x)[0, 0])(1.0), (jnp.sin(x) @ x.T)[0, 0])
 
 
+def test_a_first_process_may_be_built_in_the_midst_of_a_trace():
+    """As when the first thing that a script does is jax.jit of a function that builds and runs one."""
+    compiling._outermost.cache_clear()
+    data = softmax_data()
+
+    @jax.jit
+    def objective(rate):
+        process = fl.synchronous(fedavg(softmax_model(), optax.sgd(rate)), data, fl.uniform(4))
+        return process.step(process.init(0), data)[1]["loss"]
+
+    built = objective(0.1)
+    process = fl.synchronous(fedavg(softmax_model(), optax.sgd(0.1)), data, fl.uniform(4))
+    assert not compiling._inside_another()
+    assert_close(built, process.step(process.init(0), data)[1]["loss"])
+
+
 def test_a_step_may_be_traced_with_a_state_that_is_there():
     process = fl.synchronous(fedavg(softmax_model(), optax.sgd(0.1)), softmax_data(), fl.uniform(4))
     state = process.init(0)
