@@ -141,7 +141,7 @@ def run_cohort(
         else:
             schedule = plan(work, width, devices, _homes(clients, env.ids, data.num_clients))
             schedule = _brought_near(schedule, data, clients, env.ids, jax.lax.axis_index(AXIS))
-        return _on_device(round, one, clients, data.num_clients, env, schedule, AXIS, apart)
+        return _on_device(round, one, turn.results, clients, data.num_clients, env, schedule, AXIS, apart)
 
     if mesh is not None:
         clients = padded(clients, mesh.shape[AXIS])
@@ -198,7 +198,7 @@ def _on_one_device(round: Round, turn: Program, lanes: int | None, sizes: np.nda
         call = _in_lanes(turn, lanes).given(consts)
         one = lambda *slot: call(server, data, env, key, *slot)
         schedule = _brought_near(plan(work_of(env, data), lanes), data, clients, env.ids, 0)
-        return _on_device(round, one, clients, data.num_clients, env, schedule, None, False)
+        return _on_device(round, one, turn.results, clients, data.num_clients, env, schedule, None, False)
 
     inner = functools.partial(_in_lanes, turn)
     return in_shared_lanes(alone, inner, width, work_of, round.aggregate.reduce is None) if abreast else alone
@@ -235,6 +235,7 @@ def work_of(env: Env, data: FederatedData) -> jax.Array:
 def _on_device(
     round: Round,
     turn: Callable,
+    results: PyTree,
     clients: ClientStates,
     population: int,
     env: Env,
@@ -242,7 +243,7 @@ def _on_device(
     axis: str | None,
     apart: bool,
 ) -> tuple[PyTree, Turn, ClientStates]:
-    """The chunks of one device: sums, turns ``[cohort, ...]`` and client states."""
+    """The chunks of one device: sums, turns ``[cohort, ...]`` and client states; ``results``: shapes of a turn's."""
     cohort, (chunks, lanes) = env.ids.shape[0], schedule.slots.shape
     slots = schedule.slots.reshape(-1)
     ids = env.ids.at[slots].get(mode="fill", fill_value=population, wrap_negative_indices=False)
@@ -253,16 +254,19 @@ def _on_device(
     def run(ids, present, states, known):
         return _summed(round, side_by_side(turn, lanes)(ids, present, states, known))
 
+    summands, told = results
+    zeros = () if round.aggregate.reduce is not None else jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), summands)
     if axis is not None:
         states, known = gather(clients, ids, axis, runs)
         mine = schedule.device == jax.lax.axis_index(axis)
-        sums, turns = _own_chunks(run, jax.tree.map(by_chunk, (ids, present)), states, by_chunk(known), mine)
+        facts = jax.tree.map(by_chunk, (ids, present))
+        sums, turns = _own_chunks(run, (zeros, told), facts, states, by_chunk(known), mine)
     elif are_large(clients):  # each read when its chunk is
         fetched = lambda ids, present: run(ids, present, *gather(clients, ids))
-        sums, turns = _chunk_by_chunk(fetched, jax.tree.map(by_chunk, (ids, present)))
+        sums, turns = _chunk_by_chunk(fetched, zeros, jax.tree.map(by_chunk, (ids, present)))
     else:
         entries = jax.tree.map(by_chunk, (ids, present, *gather(clients, ids)))
-        sums, turns = _chunk_by_chunk(run, entries)
+        sums, turns = _chunk_by_chunk(run, zeros, entries)
     turns = jax.tree.map(lambda x: x.reshape(chunks * lanes, *x.shape[2:]), turns)
     new, alive = turns.state, turns.facts.alive
     turns = turns._replace(state=())
@@ -281,25 +285,26 @@ def _on_device(
     return sums, turns, scatter(clients, ids, alive, new, axis, runs)
 
 
-def _chunk_by_chunk(run: Callable, entries: tuple) -> tuple[PyTree, Turn]:
-    """The chunks one after the other: sums, and turns ``[chunks, lanes, ...]``."""
-    first = jax.tree.map(lambda x: x[0], entries)
+def _chunk_by_chunk(run: Callable, zeros: PyTree, entries: tuple) -> tuple[PyTree, Turn]:
+    """The chunks one after the other: sums, from ``zeros`` on, and turns ``[chunks, lanes, ...]``."""
     if len(jax.tree.leaves(entries)[0]) == 1:
-        sums, turns = run(*first)
+        sums, turns = run(*jax.tree.map(lambda x: x[0], entries))
         return sums, jax.tree.map(lambda x: x[None], turns)
 
     def add(sums, chunk):
         new, turns = run(*chunk)
         return jax.tree.map(jnp.add, sums, new), turns
 
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(run, *first)[0])
     return jax.lax.scan(add, zeros, entries)
 
 
-def _own_chunks(run: Callable, facts: tuple, states: PyTree, known: jax.Array, mine: jax.Array) -> tuple[PyTree, Turn]:
+def _own_chunks(
+    run: Callable, begin: tuple[PyTree, Turn], facts: tuple, states: PyTree, known: jax.Array, mine: jax.Array
+) -> tuple[PyTree, Turn]:
     """The same of a device that runs some chunks, ``mine: bool[chunks]``, where the others' turns are zeros.
 
-    ``states``, leaves ``[chunks * lanes, ...]``, make room for those that follow them; the others' are of no use.
+    ``begin``: the sums' zeros, and shapes of one turn. ``states``, leaves ``[chunks * lanes, ...]``, make room for
+    those that follow them; the others' are of no use.
     """
     lanes = known.shape[1]
     # Not as [chunks, lanes, ...]: for one lane XLA would copy them all into another layout of the same.
@@ -307,19 +312,15 @@ def _own_chunks(run: Callable, facts: tuple, states: PyTree, known: jax.Array, m
     held = lambda x, chunk: jax.lax.dynamic_slice_in_dim(x, chunk * lanes, lanes, **forward)
     at = lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False, **forward)
 
-    def run_chunk(chunk, states):
-        of = lambda take, tree: jax.tree.map(lambda x: take(x, chunk), tree)
-        return run(*of(at, facts), of(held, states), at(known, chunk))
-
-    first = jax.eval_shape(run_chunk, 0, states)
-    sums, turns = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (first[0], first[1]._replace(state=())))
-    turns = jax.tree.map(lambda x: jnp.zeros((len(mine), *x.shape), x.dtype), turns)
+    sums, turn = begin
+    turns = jax.tree.map(lambda s: jnp.zeros((*known.shape, *s.shape), s.dtype), turn._replace(state=()))
     own = jnp.argsort(~mine, stable=True)
 
     def step(t, carry):
         sums, turns, states = carry
         chunk = at(own, t)
-        new, out = run_chunk(chunk, states)
+        of = lambda take, tree: jax.tree.map(lambda x: take(x, chunk), tree)
+        new, out = run(*of(at, facts), of(held, states), at(known, chunk))
         put = lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, chunk, 0, **forward)
         turns = jax.tree.map(put, turns, out._replace(state=()))
         keep = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), chunk * lanes, 0, **forward)

@@ -33,6 +33,13 @@ class Program(NamedTuple):
     structure: Any
     flops: float
 
+    @property
+    def results(self) -> PyTree:
+        """Shapes of what it gives."""
+        arrays: list[Any] = [v.aval for v in self.jaxpr.outvars]
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+        return jax.tree.unflatten(self.structure, shapes)
+
 
 def trace(function: Callable, *arguments: PyTree) -> Program:
     """Trace a function of pytrees; on a CPU some of its equations get the form that is fast in loops.
