@@ -128,8 +128,7 @@ def _chunk_by_chunk(all_: Turns, entries: PyTree, summed: bool) -> tuple[PyTree,
 
     zeros = ()
     if summed:
-        shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0, 0], entries))[0]
-        zeros = jax.tree.map(lambda s: jnp.zeros((all_.count, *s.shape), s.dtype), shapes)
+        zeros = jax.tree.map(lambda s: jnp.zeros((all_.count, *s.shape), s.dtype), all_.turn.results[0])
     return jax.lax.scan(add, zeros, entries)
 
 

@@ -28,8 +28,8 @@ OPTION = "xla_cpu_small_while_loop_byte_threshold"
 EXTRA = "--xla_backend_extra_options="
 # Rows, columns and vectors of the pieces that a product in such a kernel is cut into, each written out in full. By
 # itself XLA takes 11:9:1, half of W1's kernel, and a batch of 10 is less than a piece: of 10 x 60 x 10 the program
-# took .26 s to compile, now .13, and .95 us to run, now .66 to .9; other products .7 to 1.1 of their time. The same
-# bits.
+# took .26 s to compile, now .13, and .95 us to run, now .66 to .9; five others .78 to 1.04 of their time, 10 x 8 x 10
+# .21 us instead of .16. The same bits.
 PIECES = "xla_llvm_ir_gemm_tile_size=10:2:1*vectwidth"
 # Bytes a turn, by XLA's count. Inside such a kernel nothing is cut up for threads, and what no library multiplies
 # (integers, complex numbers) is slow: products of two matrices of 128 x 128 such numbers are above.

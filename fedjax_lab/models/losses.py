@@ -78,7 +78,7 @@ def _nats(outputs: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _log_sum_exp(x: jax.Array) -> jax.Array:
-    """``jax.nn.logsumexp(x, -1)`` in a third of its operations, which every start traces, with their gradient."""
+    """``jax.nn.logsumexp(x, -1)`` in 16 instead of 39 operations, its gradient's included: every start traces them."""
     largest = lax.reduce_max(lax.stop_gradient(x), (x.ndim - 1,))
     largest = lax.select(lax.is_finite(largest), largest, lax.full_like(largest, 0))
     total = jnp.sum(lax.exp(lax.sub(x, lax.broadcast_in_dim(largest, x.shape, range(x.ndim - 1)))), -1)
